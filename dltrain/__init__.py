@@ -1,0 +1,23 @@
+"""dltrain: one trainer, the same numbers everywhere. Names load on first use, so that `--help` need not wait for torch."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dltrain import ops as ops
+    from dltrain.config import Config as Config
+    from dltrain.config import cli as cli
+    from dltrain.evaluate import evaluate as evaluate
+    from dltrain.fit import fit as fit
+    from dltrain.run import Run as Run
+
+__version__ = "0.1.0"
+_HOME = {"Config": "config", "cli": "config", "Run": "run", "fit": "fit", "evaluate": "evaluate"}
+
+
+def __getattr__(name: str):
+    if name == "ops":
+        return importlib.import_module("dltrain.ops")
+    if name in _HOME:
+        return getattr(importlib.import_module(f"dltrain.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'dltrain' has no attribute {name!r}")

@@ -1,0 +1,142 @@
+"""The dataclass is the command line: base fields, presets, and the errors that a user can mend. The only importer of tyro."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from dltrain.errors import UserError
+
+Strategy = Literal["auto", "single", "ddp", "fsdp", "hybrid", "zero1", "zero2", "zero3"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What every recipe has. A recipe's own dataclass adds its knobs."""
+
+    out: str = ""  # run directory; empty: runs/RECIPE-PRESET
+    seed: int = 0
+    steps: int = 1000  # optimizer steps
+    batch: int = 32  # rows per optimizer step, over all ranks
+    micro_batch: int = 0  # rows per forward; 0: all rows of a lane
+    lanes: int = -1  # fixed parts of a step; -1: the first launch's world size; 0: the backend's own reduction
+    strategy: Strategy = "auto"  # auto: what the launcher asks for, else ddp on several processes
+    precision: Precision = "auto"  # auto: what the launcher asks for, else fp32
+    clip: float = 1.0  # gradient norm; 0: no clipping
+    remat: Literal["none", "selective", "full"] = "none"  # activations recomputed in backward
+    compile: bool = False  # torch.compile each unit
+    workers: int = 0  # data processes per rank
+    log_every: int = 10  # steps
+    eval_every: int = 0  # steps; 0: at the end
+    save_every: int = 0  # steps; 0: at the end
+    save_async: bool = False  # write checkpoints while training goes on
+    keep: int = 2  # newest checkpoints kept
+    wandb: str = ""  # Weights & Biases project; empty: off
+    debug: bool = False  # a checklist instead of a run: one process, deterministic, a minute
+
+
+# These may differ from one launch of a run to the next. All else decides the numbers and belongs to the run.
+FREE = frozenset(
+    "out steps strategy remat workers log_every eval_every save_every save_async keep wandb debug lanes".split()
+)
+
+
+def numbers(cfg: Config) -> dict[str, Any]:
+    """The fields that decide a run's numbers; `lanes` is kept beside them by the run directory."""
+    return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in FREE}
+
+
+def digest(fields: Mapping[str, Any]) -> str:
+    """A short hash of JSON-able fields."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def recipe_name(cfg: Config) -> str:
+    """The stem of the file that defines the recipe's Config."""
+    return Path(getattr(sys.modules[type(cfg).__module__], "__file__", None) or "recipe").stem
+
+
+def conflicts(cfg: Config, world: int, local_world: int) -> list[str]:
+    """Every impossible combination of a resolved configuration, each with its numbers."""
+    found: list[str] = []
+
+    def refuse(when: bool, what: str) -> None:
+        if when:
+            found.append(what)
+
+    for name, least in {"steps": 1, "batch": 1, "micro_batch": 0, "log_every": 1, "eval_every": 0, "save_every": 0}.items():
+        refuse(getattr(cfg, name) < least, f"{name} ({getattr(cfg, name)}) must be at least {least}")
+    for name in ("keep", "workers", "clip"):
+        least = 1 if name == "keep" else 0
+        refuse(getattr(cfg, name) < least, f"{name} ({getattr(cfg, name)}) must be at least {least}")
+    lanes = cfg.lanes or world
+    refuse(cfg.batch > 0 and cfg.batch % lanes != 0, f"batch ({cfg.batch} rows) must be a multiple of lanes ({lanes})")
+    rows = cfg.batch // lanes
+    refuse(
+        cfg.micro_batch > 0 and cfg.batch % lanes == 0 and rows % cfg.micro_batch != 0,
+        f"a lane's rows ({cfg.batch} rows / {lanes} lanes = {rows}) must be a multiple of micro_batch ({cfg.micro_batch})",
+    )
+    refuse(
+        cfg.strategy == "single" and world > 1, f"strategy single is one process, and {world} were started: use ddp"
+    )
+    zero = cfg.strategy.startswith("zero")
+    refuse(zero and cfg.remat == "selective", f"remat selective is not offered under {cfg.strategy}: use full")
+    refuse(zero and cfg.precision == "fp16", f"fp16 is not offered under {cfg.strategy}: use bf16")
+    refuse(zero and lanes % world != 0, f"{cfg.strategy} needs lanes ({lanes}) to be a multiple of the processes ({world})")
+    refuse(
+        cfg.strategy == "hybrid" and (local_world < 2 or world % local_world != 0),
+        f"hybrid shards within a node, with the same number of processes (over 1) on each: here {local_world} of {world}",
+    )
+    refuse(cfg.debug and world > 1, f"--debug is one process, and {world} were started: start it with python")
+    return found
+
+
+C = TypeVar("C", bound=Config)
+
+
+def parse(config: type[C], presets: Mapping[str, C], recipe: str, argv: list[str], description: str = "") -> C:
+    """`[PRESET] --field value ...` -> a config; the first preset is the default.
+
+    Raises:
+        UserError: for a preset that does not exist.
+    """
+    import tyro
+
+    name, rest = next(iter(presets)), argv
+    if argv and not argv[0].startswith("-"):
+        name, rest = argv[0], argv[1:]
+    if name not in presets:
+        raise UserError(f"no preset {name!r} in {recipe}: choose one of {', '.join(presets)}")
+    default = presets[name]
+    if not default.out:
+        default = dataclasses.replace(default, out=f"runs/{recipe}-{name}")
+    usage = f"{description}\n\nPresets: {', '.join(presets)} (now: {name}). `{recipe}.py PRESET --help` shows its values."
+    return tyro.cli(config, default=default, args=rest, description=usage, prog=f"{recipe}.py [PRESET]")
+
+
+def cli(main: Callable[[Any], None], config: type[C], presets: Mapping[str, C] | None = None) -> None:
+    """Run a recipe: read its command line, call `main`, turn a user's mistake into one line and exit code 2."""
+    module = sys.modules[main.__module__]
+    recipe = Path(module.__file__ or "recipe").stem
+    try:
+        main(parse(config, presets or {"default": config()}, recipe, sys.argv[1:], (module.__doc__ or "").split("\n")[0]))
+    except UserError as error:
+        if not getattr(error, "told", False):
+            print(f"{recipe}: {error}", file=sys.stderr, flush=True)
+        leave(2)
+    except KeyboardInterrupt:
+        print(f"\n{recipe}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        leave(130)
+
+
+def leave(code: int) -> None:
+    """Exit at once: other ranks may hold this one's threads in a collective that can no longer end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

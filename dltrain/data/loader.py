@@ -1,0 +1,156 @@
+"""Micro-batches by position: which rows, on which lane, at which step. Workers only prefetch; their number changes
+nothing.
+
+Shapes: M rows of a micro-batch.
+"""
+
+import multiprocessing
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from dltrain.data.order import Order
+from dltrain.errors import UserError
+
+Batch = dict[str, torch.Tensor]
+
+
+class Rows(Protocol):
+    """What a recipe trains on. Picklable; equal arguments give equal tensors, in any process."""
+
+    fingerprint: str  # of everything a row is made from
+
+    def __len__(self) -> int:
+        """Rows in an epoch."""
+        ...
+
+    def batch(self, epoch: np.ndarray, index: np.ndarray) -> Batch:
+        """int64 [M], [M] -> one micro-batch, of a shape that depends on M alone. Row -1 is padding, weighing nothing.
+
+        Includes "count", a 0-d int64: the number of items that sums over this batch will be divided by.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Micro:
+    """Micro-batch `part` of the `parts` of a lane."""
+
+    lane: int
+    part: int
+    parts: int
+    batch: Batch
+
+
+class Loader:
+    """Rows for training: step s reads positions [s B, (s + 1) B), lane l of n its rows [l B/n, (l + 1) B/n), in
+    order."""
+
+    def __init__(
+        self, rows: Rows, *, seed: int, batch: int, lanes: int, micro_batch: int, workers: int, pin: bool = False
+    ):
+        """`batch` rows per step over all lanes, `micro_batch` rows per forward; `workers` processes (0: in this
+        one)."""
+        assert batch % (lanes * micro_batch) == 0, (batch, lanes, micro_batch)
+        if not len(rows):
+            raise UserError("the training data has no rows; check the shards")
+        self.rows, self.seed, self.batch, self.lanes, self.micro_batch = rows, seed, batch, lanes, micro_batch
+        self.workers, self.pin = workers, pin
+        self.parts = batch // lanes // micro_batch
+
+    def steps(self, first: int, last: int, mine: Sequence[int]) -> Generator[list[Micro], None, None]:
+        """The micro-batches of the lanes `mine`, in order, of each of the steps first ... last - 1.
+
+        Nothing before `first` is read. Close the iterator to stop early: its workers end with it.
+        """
+        batches = self._batches(first, last, mine)
+        try:
+            for _ in range(first, last):
+                step: list[Micro] = []
+                for lane in mine:
+                    for part in range(self.parts):
+                        batch = next(batches)
+                        if isinstance(batch, UserError):
+                            raise batch
+                        step.append(Micro(lane, part, self.parts, batch))
+                yield step
+        finally:
+            del batches  # ends the workers; left to a traceback and the collector, that would take 5 s
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Where the next step, `step`, begins and in which order: all there is to resume."""
+        return {
+            "fingerprint": self.rows.fingerprint,
+            "rows": len(self.rows),
+            "seed": self.seed,
+            "batch": self.batch,
+            "position": step * self.batch,
+        }
+
+    def check(self, state: dict[str, Any]) -> None:
+        """UserError naming what differs if a run with `state` would not go on with the rows it left off at."""
+        for name, now in self.state(0).items():
+            if name != "position" and state[name] != now:
+                what = "the data has changed: fingerprint" if name == "fingerprint" else f"data {name}"
+                raise UserError(f"{what} is {now}, the checkpoint has {state[name]}; restore it or start a new run")
+
+    def _batches(self, first: int, last: int, mine: Sequence[int]) -> Iterator[Batch | UserError]:
+        starts = (
+            step * self.batch + (lane * self.parts + part) * self.micro_batch
+            for step in range(first, last)
+            for lane in mine
+            for part in range(self.parts)
+        )
+        source: Any = _Positions(self.rows, Order(len(self.rows), self.seed), self.micro_batch)
+        return iter(
+            DataLoader(
+                source,
+                batch_size=None,  # the sampler's items are whole micro-batches
+                sampler=starts,  # type: ignore[arg-type]
+                num_workers=self.workers,
+                multiprocessing_context=_context() if self.workers else None,
+                pin_memory=self.pin,
+                generator=torch.Generator(),  # or it would draw from, and so change, the global one
+            )
+        )
+
+
+class _Positions:
+    """position of the first row -> micro-batch; the dataset that workers hold."""
+
+    def __init__(self, rows: Rows, order: Order, micro_batch: int):
+        self.rows, self.order, self.micro_batch = rows, order, micro_batch
+
+    def __getitem__(self, start: int) -> Batch | UserError:
+        try:
+            return self.rows.batch(*self.order.at(np.arange(start, start + self.micro_batch)))
+        except UserError as error:  # raised by the reader: torch would bury its one line in a traceback
+            return error
+
+
+def _context() -> Any:
+    """Workers come from a server process that has imported torch and never runs threads, so forking it is safe."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "dltrain.data.loader"])
+    return context
+
+
+def n_micro(rows: Rows, micro_batch: int) -> int:
+    """Micro-batches in one pass over all rows."""
+    return -(-len(rows) // micro_batch)
+
+
+def finite(rows: Rows, micro_batch: int, mine: tuple[int, int]) -> Iterator[tuple[int, Batch]]:
+    """(j, micro-batch j) for j = rank, rank + world, ... of one pass in order; mine = (rank, world).
+
+    The last micro-batch is filled up with rows -1, so all have one shape and every row is seen exactly once.
+    """
+    rank, world = mine
+    for j in range(rank, n_micro(rows, micro_batch), world):
+        index_M = np.arange(j * micro_batch, (j + 1) * micro_batch)
+        index_M[index_M >= len(rows)] = -1
+        yield j, rows.batch(np.zeros_like(index_M), index_M)

@@ -1,0 +1,50 @@
+"""Optimizers: hyper-parameters -> (module -> optimizer). A builder, because sharding must come before the optimizer.
+
+Every parameter group keeps its peak learning rate as `base_lr`; a trainer sets `group["lr"] = group["base_lr"] *
+multiplier` before each step. Updates are elementwise, so that an optimizer over shards gives the bits of one over whole
+tensors.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+Builder = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+def adamw(lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6, decay: float = 0.01) -> Builder:
+    """AdamW (Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101, algorithm 2) with BERT's defaults.
+
+    Matrices and embeddings decay; biases and norms (fewer than two dimensions) do not. Unlike BERT's own code it
+    corrects the bias of the moments.
+    """
+
+    def build(module: nn.Module) -> torch.optim.Optimizer:
+        parameters = _parameters(module)
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": decay, "base_lr": lr},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0, "base_lr": lr},
+        ]
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr, betas, eps, foreach=True)
+
+    return build
+
+
+def sgd(lr: float, momentum: float = 0.0, decay: float = 0.0, nesterov: bool = False) -> Builder:
+    """Stochastic gradient descent with momentum (Sutskever et al. 2013, https://proceedings.mlr.press/v28/sutskever13).
+
+    `decay` is added to the gradient of every parameter, as He et al. 2015 do (section 3.4).
+    """
+
+    def build(module: nn.Module) -> torch.optim.Optimizer:
+        group = {"params": _parameters(module), "base_lr": lr}
+        return torch.optim.SGD([group], lr, momentum, weight_decay=decay, nesterov=nesterov, foreach=True)
+
+    return build
+
+
+def _parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Trainable parameters in the order of their names, which is the order of the optimizer's state."""
+    named = sorted((name, p) for name, p in module.named_parameters() if p.requires_grad)
+    return [p for _, p in named]

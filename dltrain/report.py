@@ -1,0 +1,362 @@
+"""Run directory -> one self-contained HTML page: no script, nothing fetched, light and dark.
+
+The only importer of matplotlib.
+"""
+
+import difflib
+import io
+import math
+import re
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from dltrain import rundir
+from dltrain.errors import UserError
+from dltrain.meter import duration, human
+
+_COUNTERS = {"step", "time", "epoch", "tokens", "rows", "samples"}  # straight lines: not worth a chart
+_FIRST = ["loss", "lr", "grad_norm"]  # the charts that everyone looks for, in this order
+_NAMES = {"lr": "learning rate", "grad_norm": "gradient norm", "mfu": "MFU", "memory_gib": "memory (GiB)"}
+Row = dict[str, Any]
+Curve = tuple[list[float], list[float]]  # steps, values
+
+
+def report(out: Path) -> Path:
+    """Write `out`/report.html and return its path; also of a run in progress, or one that has logged nothing yet.
+
+    Beside what `rundir` lists it shows results.json, which a recipe may write at its end: {"figures": [{"name",
+    "value", "baseline", "better": "lower" or "higher"}], "samples": [{"masked", "filled", "truth"}], "notes": [text]}.
+
+    Raises:
+        UserError: where `out` is no run directory, or one of its JSON files is torn.
+    """
+    if not any((out / name).exists() for name in ("config.json", "metrics.jsonl")):
+        raise UserError(f"{out}: not a run directory (it has neither config.json nor metrics.jsonl)")
+    run, environment, results = (_optional(out / f"{name}.json") for name in ("config", "environment", "results"))
+    metrics, speed = (
+        [row for row in rundir.read_rows(out / f"{name}.jsonl") if isinstance(row.get("step"), int)]
+        for name in ("metrics", "speed")
+    )
+    events = rundir.read_rows(out / "events.jsonl")
+    saves = [event for event in events if event.get("kind") == "save" and isinstance(event.get("step"), int)]
+    config = run.get("config", {})
+    command = out / "command.txt"
+    recipe = str(run.get("recipe") or "run")
+    body = [
+        f"<header><p class=kicker>{escape(out.resolve().name)}</p><h1>{escape(recipe)}</h1>",
+        f"<p class=lead>{_verdict(config, metrics + saves, speed, results)}</p></header>",
+        _tiles(metrics, speed),
+        _results(results),
+        _charts(metrics, speed),
+        _section(
+            "Command", f"<pre>{escape(command.read_text(errors='replace').strip())}</pre>" if command.exists() else ""
+        ),
+        "<div class=pair>" + _section("Configuration", _table(config, f"hash {run.get('hash', 'unknown')}")),
+        _section("Environment", _table(environment.pop("packages", {}) | environment)) + "</div>",
+        _section("Checkpoints", _checkpoints(out / "checkpoints")),
+        _section("Events", _events(events)),
+    ]
+    page = _PAGE.format(title=escape(f"{recipe}: {out.resolve().name}"), style=_STYLE, body="\n".join(body))
+    rundir.write_atomic(out / "report.html", page.encode(errors="replace"))
+    return out / "report.html"
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    found = rundir.read_json(path) if path.exists() else {}
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON object; restore it, or delete it and run again")
+    return found
+
+
+def _number(value: Any) -> float:
+    """A logged number, or NaN for what is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _show(value: Any) -> str:
+    """Any JSON value as escaped text."""
+    if isinstance(value, dict):
+        return "; ".join(f"{escape(str(key))} {_show(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_show, value)) or "n/a"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "n/a" if value is None else escape(str(value))
+    return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
+
+
+def _verdict(config: Row, rows: list[Row], speed: list[Row], results: Row) -> str:
+    """One sentence or two: how far the run is, and whether it beat its baselines."""
+    last, total = max((row["step"] for row in rows), default=0), config.get("steps")
+    if not last:
+        progress = "Nothing logged yet."
+    elif isinstance(total, int) and last >= total:
+        progress = f"Finished: {last:,} steps."
+    else:
+        progress = f"Step {last:,}" + (
+            f" of {total:,} ({last / total:.0%})." if isinstance(total, int) and total else "."
+        )
+        eta = _number(speed[-1].get("eta_seconds")) if speed else math.nan
+        progress += f" {duration(eta)} to go when last logged." if math.isfinite(eta) else ""
+    figures = results.get("figures", [])
+    if figures:
+        better = sum(_beats(figure) for figure in figures)
+        mark = "good" if better == len(figures) else "bad"
+        progress += f" <span class={mark}>{better} of {len(figures)} held-out figures beat the baseline.</span>"
+    return progress
+
+
+def _tiles(metrics: list[Row], speed: list[Row]) -> str:
+    """The newest value of every metric, evaluation rows included, and of the speed."""
+    newest: Row = {}
+    for row in metrics:
+        newest |= row
+    newest |= {key: value for key, value in (speed[-1] if speed else {}).items() if _is_rate(key) or key == "mfu"}
+    newest.pop("step", None)
+    cells = (f"<div><dt>{escape(_label(key))}</dt><dd>{_value(key, value)}</dd></div>" for key, value in newest.items())
+    return f"<dl class=tiles>{''.join(cells)}</dl>" if newest else ""
+
+
+def _is_rate(key: str) -> bool:
+    return key.endswith("_per_second")
+
+
+def _value(key: str, value: Any) -> str:
+    """A logged value in the form that its kind is read in."""
+    number = _number(value)
+    if not math.isfinite(number):
+        return _show(value)
+    if key == "lr":
+        return f"{number:.2e}".replace("e-0", "e-") if number else "0"
+    if key == "mfu":
+        return f"{number:.1%}"
+    return human(number) if _is_rate(key) or abs(number) >= 1e6 else _show(value)
+
+
+def _label(key: str) -> str:
+    *where, name = key.split("/")
+    return " ".join([*where, _NAMES.get(name, name.replace("_per_second", "/s").replace("_", " "))])
+
+
+def _beats(figure: Row) -> bool:
+    value, baseline = _number(figure.get("value")), _number(figure.get("baseline"))
+    return value > baseline if figure.get("better") == "higher" else value < baseline
+
+
+def _results(results: Row) -> str:
+    rows = []
+    for figure in results.get("figures", []):
+        good, verdict = ("good", "✓ better") if _beats(figure) else ("bad", "✗ not better")
+        cells = f"<th scope=row>{escape(str(figure.get('name')))}</th><td class=num>{_show(figure.get('value'))}</td>"
+        cells += f"<td class=num>{_show(figure.get('baseline'))}</td><td class={good}>{verdict}</td>"
+        rows.append(f"<tr>{cells}<td class=dim>{escape(str(figure.get('better', 'lower')))} is better</td></tr>")
+    head = "<tr><th>figure<th class=num>this run<th class=num>baseline<th><th></tr>"
+    table = (
+        f"<div class=scroll><table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>" if rows else ""
+    )
+    notes = "".join(f"<p class=dim>{escape(str(note))}</p>" for note in results.get("notes", []))
+    samples = "".join(_sample(sample) for sample in results.get("samples", []))
+    return _section("Held-out results", table + notes) + _section("Filled in by the model", samples)
+
+
+def _sample(sample: Row) -> str:
+    masked, filled, truth = (str(sample.get(key, "")) for key in ("masked", "filled", "truth"))
+    lines = {"input": _marked(truth, masked), "model": _marked(masked, filled), "truth": _marked(masked, truth)}
+    return "<dl class=sample>" + "".join(f"<dt>{key}</dt><dd>{text}</dd>" for key, text in lines.items()) + "</dl>"
+
+
+def _marked(other: str, text: str) -> str:
+    """`text`, with the words that are not in `other` marked."""
+    words, parts = text.split(), []
+    for kind, _, _, i, j in difflib.SequenceMatcher(None, other.split(), words, autojunk=False).get_opcodes():
+        if i < j:
+            run = escape(" ".join(words[i:j]))
+            parts.append(run if kind == "equal" else f"<mark>{run}</mark>")
+    return " ".join(parts)
+
+
+def _charts(metrics: list[Row], speed: list[Row]) -> str:
+    """One chart per metric, training and evaluations together: `loss`, `eval/loss` and `eval/wiki/loss` share one."""
+    charts: dict[str, dict[str, Curve]] = {}
+    for row in metrics:
+        for key in row.keys() - _COUNTERS:
+            where, _, name = key.rpartition("/")
+            steps, values = charts.setdefault(name, {}).setdefault(where or "train", ([], []))
+            steps.append(row["step"])
+            values.append(_number(row[key]))
+    for row in speed:
+        for key in row:
+            if _is_rate(key):
+                steps, values = charts.setdefault(key, {}).setdefault("train", ([], []))
+                steps.append(row["step"])
+                values.append(_number(row[key]))
+    order = sorted(charts, key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))
+    return f"<div class=charts>{''.join(_chart(name, charts[name]) for name in order)}</div>" if charts else ""
+
+
+def _chart(name: str, curves: dict[str, Curve]) -> str:
+    legend = []
+    ordered = sorted(curves, key=lambda where: (where != "train", where))
+    for i, where in enumerate(ordered):
+        values = curves[where][1]
+        bad = sum(not math.isfinite(value) for value in values)
+        text = (f"{where} " if len(curves) > 1 else "") + _value(name, values[-1])
+        text += f" ({bad} not finite)" if bad else ""
+        legend.append(f"<span><i style='background:var(--c{i % 4})'></i>{escape(text)}</span>")
+    caption = f"<figcaption><b>{escape(_label(name))}</b>{''.join(legend)}</figcaption>"
+    return f"<figure>{caption}{_svg(name, [curves[where] for where in ordered])}</figure>"
+
+
+def _svg(name: str, curves: list[Curve]) -> str:
+    """Lines and ticks alone, in the page's own colours and font, so that one drawing serves both themes."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    ink, grid, *colours = [f"#01010{i}" for i in range(6)]  # stand for the page's variables
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 8.5, "axes.formatter.useoffset": False}
+    ):
+        figure = Figure(figsize=(4.8, 2.5), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        for i, curve in enumerate(curves):
+            steps, low, mean, high = _thin(curve)
+            axes.fill_between(steps, low, high, color=colours[i % 4], alpha=0.25, linewidth=0)
+            marker = "o" if len(steps) < 30 else None
+            axes.plot(steps, mean, color=colours[i % 4], linewidth=1.4, marker=marker, markersize=2.5)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(grid)
+        finite = [y for _, values in curves for y in values if math.isfinite(y)] or [0.0]
+        if max(finite) > 50 * min(finite) > 0 and name != "lr":
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        if _is_rate(name):
+            axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _tick(y)))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tick(x)))
+        axes.tick_params(which="both", colors=ink, length=0)
+        axes.grid(axis="y", color=grid, linewidth=0.6)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True)
+    svg = re.sub(r"(?s)^.*?(?=<svg)|<metadata>.*?</metadata>|<!--.*?-->", "", text.getvalue())
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # figure_1, axes_1, ...: the same in every chart
+    svg = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"| xmlns(:xlink)?="[^"]*"', "", svg)
+    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)  # hundredths of a point do
+    for stand_in, variable in zip([ink, grid, *colours], ("dim", "rule", "c0", "c1", "c2", "c3")):
+        svg = svg.replace(stand_in, f"var(--{variable})")
+    return re.sub(r"\s*\n\s*", "\n", svg).replace("<svg", f'<svg role="img" aria-label="{escape(_label(name))}"', 1)
+
+
+def _tick(x: float) -> str:
+    """1200 -> 1.2K, 50000 -> 50K."""
+    return re.sub(r"\.?0+(?=[A-Z]$)", "", human(x)) if "." in human(x) else human(x)
+
+
+def _thin(curve: Curve, most: int = 400) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Steps, minimum, mean and maximum of at most `most` groups of neighbours: no spike is lost."""
+    steps, values = curve
+    size = -(-len(steps) // most)
+    starts = range(0, len(steps), size)
+    groups = [[y for y in values[i : i + size] if math.isfinite(y)] or [math.nan] for i in starts]
+    means = [sum(group) / len(group) for group in groups]
+    return [steps[min(i + size, len(steps)) - 1] for i in starts], [*map(min, groups)], means, [*map(max, groups)]
+
+
+def _table(values: Row, note: str = "") -> str:
+    rows = (f"<tr><th scope=row>{escape(key)}</th><td>{_show(value)}</td></tr>" for key, value in values.items())
+    after = f"<p class=dim>{escape(note)}</p>" if note else ""
+    return f"<div class=scroll><table class=facts>{''.join(rows)}</table></div>{after}" if values else ""
+
+
+def _checkpoints(folder: Path) -> str:
+    rows = []
+    for path in sorted(path for path in folder.glob("*") if path.is_dir() and not path.name.startswith(".")):
+        try:
+            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            when = _time(datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds"))
+        except FileNotFoundError:  # the run has just replaced it by a newer one
+            continue
+        row = f"<td class=num>{size / 2**20:,.1f} MiB</td><td class=when>{when}</td>"
+        rows.append(f"<tr><th scope=row>{escape(path.name)}</th>{row}</tr>")
+    return f"<div class=scroll><table class=narrow>{''.join(rows)}</table></div>" if rows else ""
+
+
+def _events(events: list[Row], most: int = 200) -> str:
+    rows = []
+    for event in events[-most:]:
+        rest = {key: value for key, value in event.items() if key not in ("time", "kind") and value not in ({}, [])}
+        kind = f"<td class=when>{_time(event.get('time'))}</td><th scope=row>{_show(event.get('kind'))}</th>"
+        rows.append(f"<tr>{kind}<td class=wrap>{_show(rest)}</td></tr>")
+    earlier = f"<p class=dim>{len(events) - most:,} earlier ones are in events.jsonl.</p>" if len(events) > most else ""
+    return f"{earlier}<div class='scroll tall'><table>{''.join(rows)}</table></div>" if rows else ""
+
+
+def _time(iso: Any) -> str:
+    return escape(str(iso).replace("T", " ").replace("+00:00", " UTC"))
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{title}</h2>{content}</section>" if content else ""
+
+
+_PAGE = """<!doctype html>
+<html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">
+<meta name=color-scheme content="light dark"><title>{title}</title><style>{style}</style></head>
+<body>{body}</body></html>
+"""
+
+_STYLE = """
+:root { --paper:#fcfcfa; --ink:#1c1d20; --dim:#63666d; --rule:#dfdfda; --panel:#f3f3ef; --good:#0a6b3d; --bad:#a32a1c;
+  --mark:#fbe9a9; --c0:#2457c5; --c1:#d1600f; --c2:#0b8a72; --c3:#9a3aa8 }
+@media (prefers-color-scheme: dark) { :root { --paper:#141518; --ink:#e6e6e3; --dim:#9b9ea6; --rule:#33353b;
+  --panel:#1d1f23; --good:#5cc78d; --bad:#f08472; --mark:#5b4a12; --c0:#7ea6ff; --c1:#ffa25c; --c2:#4fd0b5;
+  --c3:#d98be6 } }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 3rem clamp(1rem, 4vw, 3rem) 4rem; max-width: 76rem; background: var(--paper);
+  color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
+  font-variant-numeric: tabular-nums }
+h1 { font-size: 2rem; line-height: 1.15; margin: 0; letter-spacing: -.02em; font-weight: 650;
+  overflow-wrap: anywhere }
+h2 { font-size: 1.05rem; margin: 0 0 .6rem; font-weight: 650 }
+section { margin-top: 2.5rem; min-width: 0 }
+.kicker { margin: 0 0 .2rem; color: var(--dim); overflow-wrap: anywhere }
+.lead { font-size: 1.1rem; margin: .5rem 0 0 }
+.dim, .when { color: var(--dim) } .good { color: var(--good) } .bad { color: var(--bad) }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: 0 1.5rem;
+  margin: 1.5rem 0 0 }
+.tiles div { border-top: 1px solid var(--rule); padding: .55rem 0 .7rem }
+.tiles dt { color: var(--dim); font-size: .82rem }
+.tiles dd { margin: 0; font-size: 1.2rem; font-weight: 600 }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 2rem 2.5rem;
+  margin-top: 2.5rem }
+figure { margin: 0; min-width: 0 } figure svg { display: block; width: 100%; height: auto }
+figure svg text { font-family: inherit !important }
+figcaption { display: flex; flex-wrap: wrap; gap: 0 1rem; align-items: baseline; margin-bottom: .3rem }
+figcaption span { color: var(--dim); font-size: .85rem }
+figcaption i { display: inline-block; width: .9rem; height: 3px; border-radius: 2px; margin-right: .4rem;
+  vertical-align: .2em }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 0 2.5rem }
+.scroll { overflow-x: auto } .tall { max-height: 28rem; overflow-y: auto }
+table { border-collapse: collapse; width: 100%; font-size: .9rem } tr { border-bottom: 1px solid var(--rule) }
+th, td { text-align: left; padding: .3rem 1rem .3rem 0; vertical-align: top } th { font-weight: 500 }
+thead th { color: var(--dim); font-size: .82rem } .num { text-align: right }
+.num + .good, .num + .bad { padding-left: 1rem } .when, .good, .bad { white-space: nowrap }
+.facts th { color: var(--dim); width: 40%; font-weight: 400 } .narrow { width: auto }
+.narrow td { padding-left: 1.5rem } .facts td, .wrap { overflow-wrap: anywhere }
+pre, .sample dd { font: .85rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace }
+pre { margin: 0; padding: .8rem 1rem; background: var(--panel); border-radius: 8px; white-space: pre-wrap;
+  overflow-wrap: anywhere }
+.sample { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0 0 1rem;
+  padding: .8rem 1rem;
+  background: var(--panel); border-radius: 8px } .sample dt { color: var(--dim); font-size: .85rem }
+.sample dd { margin: 0; overflow-wrap: anywhere }
+mark { background: var(--mark); color: inherit; border-radius: 3px; padding: 0 .15em }
+.lead span { white-space: normal }
+"""

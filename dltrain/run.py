@@ -1,0 +1,423 @@
+"""Run: the process among its fellows, its device, seeds, run directory, step counter and signals.
+
+The only object that knows a rank. A loop is the recipe's own; these verbs make it resumable, exact and quiet:
+
+    with Run(cfg) as run:
+        task, optimizer = run.prepare(build_task, build_optimizer)      # wrapped, filled, restored
+        data = run.batches(rows)
+        for step in run.steps():                                        # from the restored step on
+            for batch in run.lanes(data):                               # this process's share, in micro-batches
+                run.backward(task(batch))                               # sums over the micro-batch
+            norm = run.step()                                           # the tree, one division, the clip, the update
+            if run.due(cfg.save_every): run.save()
+"""
+
+import dataclasses
+import datetime
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dltrain import checkpoint, config, launch, rundir
+from dltrain.config import Config
+from dltrain.data.loader import Loader, Rows
+from dltrain.errors import UserError
+from dltrain.lanes import all_gather
+from dltrain.log import Log, NullLog
+from dltrain.meter import mfu, peak_flops
+from dltrain.seeds import seed_step
+from dltrain.strategy import Lanes
+
+T = TypeVar("T")
+STOPPED = 75  # exit code of a run that a signal stopped and that can go on: EX_TEMPFAIL of sysexits.h
+
+
+class Run:
+    """One launch of a run. `cfg` is resolved on entry: out, lanes, strategy and precision are what will be used.
+
+    Raises:
+        UserError: for an impossible combination, all conflicts at once; for a run directory of another configuration;
+            for ranks that disagree.
+    """
+
+    def __init__(self, cfg: Config):
+        self.cfg = launch.honour(cfg, os.environ)
+        self.me = launch.detect(os.environ)
+        self.step_done = 0  # optimizer steps that are in the weights
+        self.row_flops, self.row_tokens = 0.0, 0
+        self.loader: Loader | None = None
+        self._stop, self._saving, self._saved, self._saved_step = "", None, None, -1
+
+    def __enter__(self) -> "Run":
+        self.device = _device(self.me)
+        self.me.world > 1 and self._join()
+        self._agree()
+        self._resolve()
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        if not dist.is_initialized() and (self.cfg.strategy not in ("single", "ddp") or self.cfg.precision != "fp32"):
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        self.group = dist.new_group(backend="gloo") if self.me.world > 1 else None  # of CPU tensors and objects
+        self._catch_signals()
+        self.log = NullLog()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self._wait_saved(quiet=error is not None)
+        self.log.close()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if not dist.is_initialized():
+            return
+        if error is None or isinstance(error, SystemExit):
+            dist.barrier()  # without it a peer that still talks dies of the closed connection
+            dist.destroy_process_group()
+        elif self.me.world > 1 and not isinstance(error, UserError):
+            sys.excepthook(kind, error, trace)  # type: ignore[arg-type]
+            config.leave(1)  # the others may wait for this one in a collective: do not wait for them
+
+    # --- start ---------------------------------------------------------------------------------------------------
+
+    def _join(self) -> None:
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend,
+            init_method=f"tcp://{self.me.master}" if self.me.by == "slurm" else "env://",
+            rank=self.me.rank,
+            world_size=self.me.world,
+            timeout=datetime.timedelta(minutes=10),
+        )
+
+    def _agree(self) -> None:
+        """Ranks that were started with different commands must not train together."""
+        mine = {k: repr(v) for k, v in dataclasses.asdict(self.cfg).items()} | {"recipe": config.recipe_name(self.cfg)}
+        for rank, theirs in enumerate(self._gather(mine)):
+            if different := [k for k in mine if theirs.get(k) != mine[k]]:
+                k = different[0]
+                raise UserError(
+                    f"ranks disagree on {', '.join(different)}: {k} is {mine[k]} on rank {self.me.rank} "
+                    f"and {theirs.get(k)} on rank {rank}; start all with the same command"
+                )
+
+    def _resolve(self) -> None:
+        """Settle auto and -1, from the run directory where the run exists already; then refuse what cannot be."""
+        cfg, world = self.cfg, self.me.world
+        if cfg.strategy == "auto":
+            cfg = dataclasses.replace(cfg, strategy="ddp" if world > 1 else "single")
+        if cfg.precision == "auto":
+            cfg = dataclasses.replace(cfg, precision="fp32")
+        before = self.first(lambda: _recorded(Path(cfg.out)))
+        threads = int(os.environ.get("DLTRAIN_THREADS", before.get("threads", 1)))
+        lanes = cfg.lanes
+        if lanes < 0:
+            lanes = before.get("lanes", -1)
+        self.grown = 0 < lanes < world
+        if lanes < 0 or self.grown:
+            lanes = next((n for n in range(world, cfg.batch + 1) if cfg.batch % n == 0), world)
+        self.cfg = cfg = dataclasses.replace(cfg, lanes=lanes)
+        found = config.conflicts(cfg, world, self.me.local_world)
+        now = rundir.plain(config.numbers(cfg)) | {"threads": threads} | ({} if self.grown else {"lanes": lanes})
+        differ = [f"{k} is {before[k]} there, {v} now" for k, v in now.items() if before.get(k, v) != v]
+        if differ:
+            found.append(f"{cfg.out} is a run of another configuration ({'; '.join(differ)}): use another --out")
+        if found:
+            raise _told(UserError("; ".join(found)), self.me.rank)
+        torch.set_num_threads(threads)  # their number changes the bits, and launchers set it differently
+        self.threads, self.before = threads, before
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Let rank 0 do it and give all the result; its error comes to all, printed once."""
+        answer: list[Any] = [None, None]
+        if self.me.rank == 0:
+            try:
+                answer[0] = work()
+            except UserError as error:
+                answer[1] = str(error)
+        if self.me.world > 1:
+            dist.broadcast_object_list(answer, src=0)
+        if answer[1] is not None:
+            raise _told(UserError(answer[1]), self.me.rank)
+        return answer[0]
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self.me.world == 1:
+            return [value]
+        everyone: list[Any] = [None] * self.me.world
+        dist.all_gather_object(everyone, value)
+        return everyone
+
+    def _catch_signals(self) -> None:
+        def note(number: int, frame: object) -> None:
+            if self._stop and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._stop = signal.Signals(number).name
+            if number == signal.SIGINT and self.me.rank == 0:
+                print("\nstopping after this step (once more: at once)", file=sys.stderr, flush=True)
+
+        self._handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                self._handlers[number] = signal.signal(number, note)
+
+    # --- the task, its data, its past ----------------------------------------------------------------------------
+
+    def prepare(
+        self, build_task: Callable[[], nn.Module], build_optimizer: Callable[[nn.Module], Optimizer]
+    ) -> tuple[nn.Module, Optimizer]:
+        """Build, wrap and fill the task under the strategy, and restore the newest whole checkpoint if there is one."""
+        if self.cfg.strategy.startswith("zero"):
+            from dltrain.zero import Zero
+
+            self.strategy: Lanes = Zero(self.cfg, self.me, self.device)  # type: ignore[assignment]
+        else:
+            self.strategy = Lanes(self.cfg, self.me, self.device)
+        self.task, self.optimizer = self.strategy.prepare(build_task, build_optimizer)
+        self.first(self._open)
+        self._restore()
+        self._start_log()
+        return self.task, self.optimizer
+
+    def _open(self) -> None:
+        out = Path(self.cfg.out)
+        try:
+            settled = dataclasses.asdict(self.cfg) | {"threads": self.threads}
+            rundir.describe(out, recipe=config.recipe_name(self.cfg), config=settled, command=[sys.executable, *sys.argv])
+        except OSError as error:
+            raise UserError(f"{out} cannot be written ({error.strerror}): choose another --out") from None
+        if self.grown:
+            said = f"{self.before['lanes']} lanes became {self.cfg.lanes}, one a process: other bits from here on"
+            print(said, flush=True)
+            rundir.append_event(out, "lanes", before=self.before["lanes"], now=self.cfg.lanes)
+
+    def _restore(self) -> None:
+        folder, skipped = Path(self.cfg.out) / "checkpoints", []
+        found = self.first(lambda: checkpoint.newest(folder, lambda path, why: skipped.append((path, why))))
+        for path, why in skipped:
+            print(f"skipping {path}: {why}", file=sys.stderr, flush=True)
+            rundir.append_event(Path(self.cfg.out), "skipped", checkpoint=path.name, reason=why)
+        self.restored: dict[str, Any] = {}
+        if found is None:
+            return
+        path, self.restored = found
+        tensors = self.strategy.templates()
+        checkpoint.load(path, tensors, self.group)
+        self.strategy.loaded(tensors)
+        self.strategy.restore(self.restored["strategy"])
+        self.step_done = self._saved_step = self.restored["step"]
+
+    def _start_log(self) -> None:
+        resumed = self.step_done if self.restored else None
+        if self.me.rank == 0:
+            unit = "tokens" if self.row_tokens else "rows"
+            self.log = Log(
+                Path(self.cfg.out), total_steps=self.cfg.steps, unit=unit, wandb=self.cfg.wandb, resumed=resumed
+            )
+            if resumed is not None:
+                self.log.event("resume", step=resumed, world=self.me.world, strategy=self.cfg.strategy, by=self.me.by)
+
+    def batches(self, rows: Rows) -> Iterator[list[Any]]:
+        """Training data from the restored position on: a list of this process's micro-batches for every step."""
+        n, cfg = self.strategy.lanes, self.cfg
+        micro = cfg.micro_batch or cfg.batch // n
+        loader = Loader(
+            rows, seed=cfg.seed, batch=cfg.batch, lanes=n, micro_batch=micro, workers=cfg.workers,
+            pin=self.device.type == "cuda",
+        )  # fmt: skip
+        if self.restored:
+            loader.check(self.restored["data"])
+        self.loader = loader
+        mine = [min(lane, n - 1) for lane in self.strategy.mine]
+        return loader.steps(self.step_done, cfg.steps, mine)
+
+    # --- the step ------------------------------------------------------------------------------------------------
+
+    def steps(self) -> Iterator[int]:
+        """The steps still to do. After a signal to any rank, all save the step they are in and leave with exit code 75."""
+        self._clock, self._waited, self._since = time.perf_counter(), 0.0, self.step_done
+        while self.step_done < self.cfg.steps:
+            yield self.step_done
+            if self.step_done < self.cfg.steps and self._stopped():
+                self._leave_by_signal()
+
+    def lanes(self, data: Iterator[list[Any]]) -> Iterator[dict[str, Tensor]]:
+        """This process's micro-batches of the step, on its device, each with its own random numbers."""
+        began = time.perf_counter()
+        micros = next(data)
+        self._waited += time.perf_counter() - began
+        parts, n = micros[0].parts, self.strategy.lanes
+        lanes = [self.strategy.mine[i // parts] for i in range(len(micros))]
+        self.strategy.begin(sum(int(m.batch["count"]) for m, lane in zip(micros, lanes, strict=True) if lane < n))
+        self.sums: dict[int, Tensor] = {}
+        for micro, lane in zip(micros, lanes, strict=True):
+            self._at = (lane, micro.part == parts - 1)
+            self._count = float(micro.batch["count"])
+            seed_step(self.cfg.seed, self.step_done, min(lane, n - 1), micro.part)
+            self.strategy.forward_of(self._at[1])
+            yield {k: v.to(self.device, non_blocking=True) for k, v in micro.batch.items()}
+
+    def backward(self, sums: dict[str, Tensor]) -> None:
+        """Take an objective's sums over the micro-batch; `sums["loss"]` is what is trained."""
+        lane, last = self._at
+        self.names = sorted(sums)
+        values = torch.stack([sums[k].detach().double() for k in self.names])
+        extra = values.new_tensor([self._count, float(bool(self._stop))])
+        values = torch.cat([values, extra])
+        self.sums[lane] = self.sums[lane] + values if lane in self.sums else values
+        self.strategy.backward(sums["loss"], lane, last)
+
+    def step(self) -> Tensor:
+        """Combine the lanes, divide once by the global count, clip, update. Returns the gradient's norm."""
+        self.total = self._add_lanes([self.sums[lane] for lane in self.strategy.mine])
+        norm = self.strategy.step(self.total[-2], self.cfg.clip)
+        self.step_done += 1
+        self.log.tick(self.step_done)
+        return norm
+
+    def _add_lanes(self, mine: list[Tensor]) -> Tensor:
+        """Every lane's sums, gathered and added in the lanes' order."""
+        n, world = self.strategy.lanes, self.me.world
+        if world == 1:
+            return torch.stack(mine).sum(0)
+        width = -(-n // world)
+        mine += [torch.zeros_like(mine[0])] * (width - len(mine))
+        everyone = mine[0].new_empty(world * width, mine[0].numel())
+        all_gather(everyone, torch.stack(mine))
+        where = {lane: r * width + i for r in range(world) for i, lane in enumerate(self.strategy.deal(n, world, r))}
+        return everyone[[where[lane] for lane in range(n)]].sum(0)
+
+    def means(self) -> dict[str, float]:
+        """The last step's sums over its global count: waits for the device."""
+        values = (self.total[:-2] / self.total[-2]).tolist()
+        return dict(zip(self.names, values, strict=True))
+
+    def due(self, every: int) -> bool:
+        """Whether the step just done is a multiple of `every` or the last (0: only the last)."""
+        return self.step_done == self.cfg.steps or (every > 0 and self.step_done % every == 0)
+
+    # --- what is kept and said -----------------------------------------------------------------------------------
+
+    def measure(self, flops: float, tokens: int) -> None:
+        """Tell the meter what a row costs (forward and backward FLOPs) and how many tokens it has. Before prepare()."""
+        self.row_flops, self.row_tokens = flops, tokens
+
+    def report(self, **values: Any) -> None:
+        """Log the last step: its means, and `values` (numbers or 0-d tensors)."""
+        numbers = self.means() | {k: float(v) for k, v in values.items()}
+        samples = self.step_done * self.cfg.batch
+        numbers |= {"samples": samples} | ({"tokens": samples * self.row_tokens} if self.row_tokens else {})
+        speed = self._speed()
+        self.log.metrics(self.step_done, numbers)
+        self.log.speed(self.step_done, speed)
+        self.log.line(self.step_done, numbers, speed)
+
+    def report_eval(self, name: str, means: dict[str, float]) -> None:
+        """Log held-out figures under `name/...`."""
+        values = {f"{name}/{k}": v for k, v in means.items()}
+        self.log.metrics(self.step_done, values)
+        self.log.line(self.step_done, values)
+        self._clock, self._waited, self._since = time.perf_counter(), 0.0, self.step_done
+
+    def _speed(self) -> dict[str, float]:
+        now, done = time.perf_counter(), max(self.step_done - self._since, 1)
+        seconds = (now - self._clock) / done
+        rows = self.cfg.batch / seconds
+        cuda = self.device.type == "cuda"
+        found = {
+            "step_seconds": seconds,
+            "data_wait": self._waited / max(now - self._clock, 1e-9),
+            "eta_seconds": seconds * (self.cfg.steps - self.step_done),
+            "memory_gib": (torch.cuda.max_memory_allocated() if cuda else _resident()) / 2**30,
+        }
+        found["tokens_per_second" if self.row_tokens else "rows_per_second"] = rows * (self.row_tokens or 1)
+        name = torch.cuda.get_device_name() if cuda else "cpu"
+        used = mfu(rows * self.row_flops / self.me.world, peak_flops(name, self.cfg.precision)) if self.row_flops else None
+        if used is not None:
+            found["mfu"] = used
+        if self._saved is not None:
+            found["checkpoint_age_seconds"] = time.monotonic() - self._saved
+        self._clock, self._waited, self._since = now, 0.0, self.step_done
+        return found
+
+    def save(self) -> None:
+        """Publish a checkpoint of the step just done; with save_async, training goes on while it is written."""
+        self._wait_saved()
+        self.log.flush()
+        folder = Path(self.cfg.out) / "checkpoints"
+        if self._saved_step == self.step_done:
+            return
+        self._saved_step = self.step_done
+        info = {
+            "strategy": self.strategy.state(),
+            "data": self.loader.state(self.step_done) if self.loader else {},
+            "written_by": {"strategy": self.cfg.strategy, "world": self.me.world, "torch": torch.__version__},
+        }
+        step, log = self.step_done, self.log
+        self._saving = checkpoint.save(
+            folder, step, self.strategy.tensors(), info, keep=self.cfg.keep, group=self.group,
+            published=lambda path: log.event("save", step=step, checkpoint=path.name),
+            background=self.cfg.save_async,
+        )  # fmt: skip
+        self._saved = time.monotonic()
+
+    def _wait_saved(self, quiet: bool = False) -> None:
+        if self._saving is not None:
+            thread, self._saving = self._saving, None
+            try:
+                thread.join()
+            except UserError:
+                if not quiet:
+                    raise
+
+    def _stopped(self) -> bool:
+        return bool(self.total[-1] > 0) if self.me.world > 1 else bool(self._stop)
+
+    def _leave_by_signal(self) -> None:
+        self.save()
+        self._wait_saved()
+        name = self._stop or "a signal to another rank"
+        self.log.event("signal", signal=name, step=self.step_done)
+        if self.me.rank == 0:
+            print(f"stopped by {name} after step {self.step_done}, saved; the same command goes on", flush=True)
+        raise SystemExit(130 if name == "SIGINT" else STOPPED)
+
+
+def _told(error: UserError, rank: int) -> UserError:
+    """An error that all ranks have alike is printed by rank 0."""
+    error.told = rank != 0  # type: ignore[attr-defined]
+    return error
+
+
+def _device(me: launch.Launch) -> torch.device:
+    wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    if not torch.cuda.is_available() or wants_cpu or os.environ.get("DLTRAIN_DEVICE") == "cpu":
+        return torch.device("cpu")
+    if me.local_rank >= torch.cuda.device_count():
+        raise UserError(f"local rank {me.local_rank} has no GPU: this node has {torch.cuda.device_count()}")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic cuBLAS asks for
+    torch.cuda.set_device(me.local_rank)
+    return torch.device("cuda", me.local_rank)
+
+
+def _recorded(out: Path) -> dict[str, Any]:
+    """The configuration of the run in `out`, {} if there is none."""
+    if not out.name:
+        raise UserError("out (the run directory) is empty: give --out DIR")
+    return rundir.read_json(out / "config.json")["config"] if (out / "config.json").exists() else {}
+
+
+def _resident() -> int:
+    """Bytes of this process's resident memory, where /proc tells."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0

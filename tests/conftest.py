@@ -1,0 +1,19 @@
+"""What every test starts from: one thread (their number changes the bits) and caches of the session's own."""
+
+import os
+import tempfile
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+_CACHE = pytest.StashKey[tempfile.TemporaryDirectory]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    cache = config.stash[_CACHE] = tempfile.TemporaryDirectory(prefix="dltrain-tests-")
+    os.environ["DLTRAIN_CACHE"] = cache.name
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[_CACHE].cleanup()

@@ -1,0 +1,145 @@
+"""slurm/train.sbatch on a real SLURM: two nodes on this machine, brought up by local_slurm.sh."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LOCAL_SLURM = Path(__file__).with_name("local_slurm.sh")
+TRAIN = ROOT / "slurm/train.sbatch"
+ALL_REDUCE = Path(__file__).with_name("all_reduce.py")
+BERT = ROOT / "recipes/bert_pretrain.py"
+MISSING = [name for name in ("munged", "slurmctld", "slurmd") if not shutil.which(name, path="/usr/sbin:/usr/bin")]
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(os.geteuid() != 0, reason="a SLURM cluster of one's own needs root"),
+    pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)} here: tests/slurm/local_slurm.sh install"),
+]
+
+
+class Cluster:
+    """A SLURM cluster of two nodes, n1 and n2, under `folder`."""
+
+    def __init__(self, folder: Path):
+        self.env = {**os.environ, "LOCAL_SLURM_DIR": str(folder), "LOCAL_SLURM_PORT": str(_free_ports(3))}
+        self.env |= {"SLURM_CONF": str(folder / "slurm.conf"), "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+
+    def local(self, *args: object, check: bool = True) -> str:
+        run = subprocess.run([LOCAL_SLURM, *map(str, args)], env=self.env, capture_output=True, text=True, timeout=150)
+        assert not check or run.returncode == 0, run.stderr
+        return run.stdout.strip()
+
+    def submit(self, cwd: Path, *args: object, **env: str) -> str:
+        """sbatch in `cwd`; return the job's id."""
+        command = ["sbatch", "--parsable", *map(str, args)]
+        run = subprocess.run(command, cwd=cwd, env={**self.env, **env}, capture_output=True, text=True, timeout=30)
+        assert run.returncode == 0, run.stderr
+        return run.stdout.strip()
+
+    def finish(self, job: str, cwd: Path) -> tuple[str, str]:
+        """Wait for the job's end; return its state and what it printed."""
+        state = self.local("await", job, 120, check=False)
+        return state, (cwd / f"slurm-{job}.out").read_text()
+
+
+def _free_ports(count: int) -> int:
+    """The first of `count` free ports in a row, below the ephemeral ones."""
+
+    def taken(port: int) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    starts = range(17800 + os.getpid() % 100 * 20, 30000, 20)
+    return next(first for first in starts if not any(taken(first + i) for i in range(count)))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    folder = Path(tempfile.mkdtemp(prefix="dlt-slurm-", dir="/tmp"))  # not tmp_path: UNIX sockets want short names
+    cluster = Cluster(folder)
+    try:
+        cluster.local("up", 2)
+        yield cluster
+    finally:
+        cluster.local("down", check=False)
+        shutil.rmtree(folder)
+
+
+def test_one_process_per_task_on_two_nodes(cluster, tmp_path):
+    options = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=2")
+    job = cluster.submit(tmp_path, *options, TRAIN, ALL_REDUCE, tmp_path)
+    state, output = cluster.finish(job, tmp_path)
+    assert state == "COMPLETED", output
+    facts = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
+    assert [f["total"] for f in facts] == [10.0] * 4
+    assert [(f["node"], f["local"]) for f in facts] == [("n1", 0), ("n1", 1), ("n2", 0), ("n2", 1)]
+    assert {f["python"] for f in facts} == {sys.executable}
+    assert {f["cpus_per_task"] for f in facts} == {"2"}
+    assert not (tmp_path / "4.json").exists()
+
+
+def test_one_failing_process_ends_the_job(cluster, tmp_path):
+    job = cluster.submit(tmp_path, "--nodes=2", TRAIN, ALL_REDUCE, tmp_path, "--fail", 1)
+    state, output = cluster.finish(job, tmp_path)
+    assert state == "FAILED", output
+    assert "n2: task 1: Exited with exit code 3" in output
+    assert "CANCELLED" in output or "Terminated" in output  # the other one, long before it ends by itself
+    assert list(tmp_path.glob("*.json")) == []
+
+
+def test_cluster_names_the_file_to_source(cluster, tmp_path):
+    """From a copy of slurm/ elsewhere: the script finds its own folder, though SLURM runs a copy of it."""
+    home = tmp_path / "check out"
+    shutil.copytree(ROOT / "slurm", home / "slurm")
+    (home / "slurm/env/mine.sh").write_text("export EXAMPLE_CLUSTER=mine\n")
+    job = cluster.submit(tmp_path, home / "slurm/train.sbatch", ALL_REDUCE, tmp_path, CLUSTER="mine")
+    state, output = cluster.finish(job, tmp_path)
+    assert state == "COMPLETED", output
+    assert json.loads((tmp_path / "0.json").read_text())["cluster"] == "mine"
+
+
+def test_requeued_job_appends_to_its_output(cluster, tmp_path):
+    (tmp_path / "recipe.py").write_text(
+        "import os, subprocess, time\n"
+        "print('restarts', os.environ.get('SLURM_RESTART_COUNT', 0), flush=True)\n"
+        "if 'SLURM_RESTART_COUNT' not in os.environ:\n"
+        "    subprocess.run(['scontrol', 'requeue', os.environ['SLURM_JOB_ID']])\n"
+        "    time.sleep(60)\n"
+    )
+    job = cluster.submit(tmp_path, TRAIN, "recipe.py")
+    state, output = cluster.finish(job, tmp_path)
+    assert state == "COMPLETED", output
+    assert "restarts 0\n" in output
+    assert "restarts 1\n" in output
+
+
+def test_without_a_recipe_it_tells_its_usage(cluster, tmp_path):
+    state, output = cluster.finish(cluster.submit(tmp_path, TRAIN), tmp_path)
+    assert state == "FAILED"
+    assert "usage: sbatch" in output
+
+
+@pytest.mark.skipif(not BERT.exists(), reason="no recipes/bert_pretrain.py")
+def test_bert_on_two_nodes_equals_one_process(cluster, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    job = cluster.submit(tmp_path, "--nodes=2", TRAIN, BERT, "debug", "--out", two)
+    command = [sys.executable, BERT, "debug", "--lanes", "2", "--out", one]
+    subprocess.run(command, check=True, timeout=120, env=cluster.env)
+    state, output = cluster.finish(job, tmp_path)
+    assert state == "COMPLETED", output
+    assert _losses(two) == _losses(one) != {}
+
+
+def _losses(out: Path) -> dict[int, float]:
+    """step -> loss; JSON writes floats so that they read back bit for bit."""
+    rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}

@@ -1,0 +1,76 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dltrain.optim import Builder, adamw, sgd
+
+
+class Holder(nn.Module):
+    def __init__(self, **values: Tensor):
+        super().__init__()
+        for name, value in values.items():
+            self.register_parameter(name, nn.Parameter(value.clone()))
+
+
+def trained(build: Builder, value: Tensor, grads: list[Tensor]) -> Tensor:
+    module = Holder(weight=value)
+    optimizer, weight = build(module), module.get_parameter("weight")
+    for grad in grads:
+        weight.grad = grad.clone()
+        optimizer.step()
+    return weight.detach()
+
+
+def test_groups():
+    net = nn.Sequential(nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+    optimizer = adamw(1e-3, decay=0.1)(net)
+    decayed, kept = optimizer.param_groups
+    assert [id(p) for p in decayed["params"]] == [id(net[0].weight), id(net[2].weight)]
+    assert [id(p) for p in kept["params"]] == [id(net[1].bias), id(net[1].weight), id(net[2].bias)]
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    assert decayed["base_lr"] == kept["base_lr"] == 1e-3
+
+
+def test_order_is_by_name_and_frozen_parameters_are_left_out():
+    a, b, c = (torch.full((2, 2), float(i)) for i in range(3))
+    module = Holder(z=a, y=b, x=c)
+    module.y.requires_grad_(False)
+    (group,) = adamw(1e-3)(module).param_groups
+    assert [p.mean().item() for p in group["params"]] == [2.0, 0.0]
+
+
+def test_adamw_is_the_formula():
+    lr, b1, b2, eps, decay = 0.1, 0.8, 0.9, 1e-6, 0.5
+    w = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
+    grads = [torch.tensor([[0.3, -0.1]], dtype=torch.float64), torch.tensor([[-0.2, 0.4]], dtype=torch.float64)]
+    got = trained(adamw(lr, (b1, b2), eps, decay), w, grads)
+    m = v = torch.zeros_like(w)
+    for t, g in enumerate(grads, start=1):
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+        w = w - lr * ((m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + eps) + decay * w)
+    torch.testing.assert_close(got, w, rtol=1e-12, atol=0)
+
+
+def test_sgd_is_the_formula():
+    w, grads = (
+        torch.tensor([[1.0]], dtype=torch.float64),
+        [torch.tensor([[g]], dtype=torch.float64) for g in (0.5, -0.2)],
+    )
+    got = trained(sgd(0.1, momentum=0.9, decay=0.01), w, grads)
+    v = torch.zeros_like(w)
+    for g in grads:
+        v = 0.9 * v + g + 0.01 * w
+        w = w - 0.1 * v
+    torch.testing.assert_close(got, w, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("build", [adamw(1e-3), sgd(1e-2, momentum=0.9, decay=1e-4, nesterov=True)])
+@pytest.mark.parametrize("rows", [2, 9, 33, 257])
+def test_a_shard_gives_the_bits_of_the_whole(build: Builder, rows: int):
+    torch.manual_seed(rows)
+    value, grads = torch.randn(rows, 13), [torch.randn(rows, 13) for _ in range(4)]
+    whole = trained(build, value, grads)
+    for cut in sorted({1, rows // 2, rows - 1}):
+        parts = [trained(build, value[s], [g[s] for g in grads]) for s in (slice(0, cut), slice(cut, rows))]
+        assert torch.equal(torch.cat(parts), whole)
+        assert not torch.equal(whole, value)

@@ -7,12 +7,13 @@ if TYPE_CHECKING:
     from dltrain import ops as ops
     from dltrain.config import Config as Config
     from dltrain.config import cli as cli
-    from dltrain.evaluate import evaluate as evaluate
-    from dltrain.fit import fit as fit
+    from dltrain.debug import checklist as checklist
+    from dltrain.evaluation import evaluate as evaluate
+    from dltrain.loop import fit as fit
     from dltrain.run import Run as Run
 
 __version__ = "0.1.0"
-_HOME = {"Config": "config", "cli": "config", "Run": "run", "fit": "fit", "evaluate": "evaluate"}
+_HOME = {"Config": "config", "cli": "config", "Run": "run", "fit": "loop", "evaluate": "evaluation", "checklist": "debug"}
 
 
 def __getattr__(name: str):

@@ -7,6 +7,7 @@ import difflib
 import io
 import math
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -61,6 +62,38 @@ def report(out: Path) -> Path:
     page = _PAGE.format(title=escape(f"{recipe}: {out.resolve().name}"), style=_STYLE, body="\n".join(body))
     rundir.write_atomic(out / "report.html", page.encode(errors="replace"))
     return out / "report.html"
+
+
+def conclude(run: Any, results: Callable[[], dict[str, Any]]) -> None:
+    """At the end of a run, on its first process: write `results()` to results.json, and report.html.
+
+    Called by all processes; the checkpoint of the last step has been published before `results` is asked.
+    """
+    run.settle()
+
+    def write() -> None:
+        rundir.write_json(Path(run.cfg.out) / "results.json", results())
+        report(Path(run.cfg.out))
+
+    run.first(write)
+
+
+def farewell(run: Any, more: str = "") -> None:
+    """Say what a finished run has reached, from its results.json, where everything is, and what to try next."""
+    run.say(run.first(lambda: _farewell(Path(run.cfg.out))) + more.format(out=run.cfg.out))
+
+
+def _farewell(out: Path) -> str:
+    results = rundir.read_json(out / "results.json")
+    lines = ["", "Done. On held-out data, beside the baseline:"]
+    for f in results["figures"]:
+        verdict = "better" if _beats(f) else "NOT better"
+        lines.append(f"  {f['name']:<20} {_number(f['value']):.3f}   baseline {_number(f['baseline']):.3f}   {verdict}")
+    if results["samples"]:
+        lines.append("Filled in:")
+        lines += [f"  {s['masked']}\n      -> {s['filled']}   (it was: {s['truth']})" for s in results["samples"]]
+    lines += ["", f"Run directory  {out}", f"Report         {out / 'report.html'}"]
+    return "\n".join(lines + [f"Checkpoint     {path}" for path in sorted((out / "checkpoints").glob("step-*"))[-1:]])
 
 
 def _optional(path: Path) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class Run:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        self._wait_saved(quiet=error is not None)
+        self.settle(quiet=error is not None)
         self.log.close()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
@@ -149,6 +149,16 @@ class Run:
             raise _told(UserError(answer[1]), self.me.rank)
         return answer[0]
 
+    def everywhere(self, work: Callable[[], T]) -> T:
+        """Do it on rank 0, which leaves something in a cache, then on all."""
+        self.first(lambda: work() and None)
+        return work()
+
+    def say(self, text: str) -> None:
+        """Print it once."""
+        if self.me.rank == 0:
+            print(text, flush=True)
+
     def _gather(self, value: Any) -> list[Any]:
         if self.me.world == 1:
             return [value]
@@ -172,16 +182,22 @@ class Run:
     # --- the task, its data, its past ----------------------------------------------------------------------------
 
     def prepare(
-        self, build_task: Callable[[], nn.Module], build_optimizer: Callable[[nn.Module], Optimizer]
+        self,
+        build_task: Callable[[], nn.Module],
+        build_optimizer: Callable[[nn.Module], Optimizer],
+        weights: Callable[[], dict[str, Tensor]] | None = None,
     ) -> tuple[nn.Module, Optimizer]:
-        """Build, wrap and fill the task under the strategy, and restore the newest whole checkpoint if there is one."""
+        """Build, wrap and fill the task under the strategy, and restore the newest whole checkpoint if there is one.
+
+        `weights` gives whole tensors by parameter name for a run that begins from another model's.
+        """
         if self.cfg.strategy.startswith("zero"):
             from dltrain.zero import Zero
 
             self.strategy: Lanes = Zero(self.cfg, self.me, self.device)  # type: ignore[assignment]
         else:
             self.strategy = Lanes(self.cfg, self.me, self.device)
-        self.task, self.optimizer = self.strategy.prepare(build_task, build_optimizer)
+        self.task, self.optimizer = self.strategy.prepare(build_task, build_optimizer, weights)
         self.first(self._open)
         self._restore()
         self._start_log()
@@ -350,7 +366,7 @@ class Run:
 
     def save(self) -> None:
         """Publish a checkpoint of the step just done; with save_async, training goes on while it is written."""
-        self._wait_saved()
+        self.settle()
         self.log.flush()
         folder = Path(self.cfg.out) / "checkpoints"
         if self._saved_step == self.step_done:
@@ -369,7 +385,12 @@ class Run:
         )  # fmt: skip
         self._saved = time.monotonic()
 
-    def _wait_saved(self, quiet: bool = False) -> None:
+    def weights(self) -> dict[str, Tensor]:
+        """The newest checkpoint's whole weights by parameter name, on the CPU."""
+        return checkpoint.read(checkpoint.steps(Path(self.cfg.out) / "checkpoints")[-1])
+
+    def settle(self, quiet: bool = False) -> None:
+        """Wait for a checkpoint that is still being written."""
         if self._saving is not None:
             thread, self._saving = self._saving, None
             try:
@@ -383,7 +404,7 @@ class Run:
 
     def _leave_by_signal(self) -> None:
         self.save()
-        self._wait_saved()
+        self.settle()
         name = self._stop or "a signal to another rank"
         self.log.event("signal", signal=name, step=self.step_done)
         if self.me.rank == 0:

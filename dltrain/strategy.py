@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dltrain.config import Config
-from dltrain.initial import fill, leaves
+from dltrain.initial import assign, fill, leaves
 from dltrain.lanes import Tree, TreeAllReduce, TreeReduceScatter, all_gather, blocks, fold_rows, rounds
 from dltrain.launch import Launch
 
@@ -62,7 +62,10 @@ class Lanes:
         self.scale, self.good_steps = (2.0**16 if cfg.precision == "fp16" else 1.0), 0
 
     def prepare(
-        self, build_task: Callable[[], nn.Module], build_optimizer: Callable[[nn.Module], Optimizer]
+        self,
+        build_task: Callable[[], nn.Module],
+        build_optimizer: Callable[[nn.Module], Optimizer],
+        weights: Callable[[], dict[str, Tensor]] | None = None,
     ) -> tuple[nn.Module, Optimizer]:
         """Build on the meta device, wrap, fill. Returns the module to call and its optimizer."""
         with torch.device("meta"):
@@ -76,6 +79,8 @@ class Lanes:
             self._shard()
         self.module.to_empty(device=self.device)
         fill(self.module, originals, self.cfg.seed)
+        for name, full in (weights() if weights else {}).items():
+            assign(self.module.get_parameter(name), full)
         self.optimizer = build_optimizer(self.module)
         self.names, self.params = map(list, zip(*self.module.named_parameters(), strict=True))
         self.index = self._row_index()

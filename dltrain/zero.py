@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dltrain.config import Config
-from dltrain.initial import fill, leaves
+from dltrain.initial import assign, fill, leaves
 from dltrain.lanes import blocks
 from dltrain.launch import Launch
 from dltrain.strategy import materialise, remat, units
@@ -32,7 +32,10 @@ class Zero:
         self.mine = blocks(self.lanes, launch.world, launch.rank)
 
     def prepare(
-        self, build_task: Callable[[], nn.Module], build_optimizer: Callable[[nn.Module], Optimizer]
+        self,
+        build_task: Callable[[], nn.Module],
+        build_optimizer: Callable[[nn.Module], Optimizer],
+        weights: Callable[[], dict[str, Tensor]] | None = None,
     ) -> tuple[nn.Module, Optimizer]:
         """Build, fill, hand to DeepSpeed. Returns the engine to call and its optimizer."""
         os.environ.setdefault("DS_ACCELERATOR", self.device.type)
@@ -49,6 +52,8 @@ class Zero:
                 unit.compile()
         self.module.to_empty(device=self.device)
         fill(self.module, originals, self.cfg.seed)
+        for name, full in (weights() if weights else {}).items():
+            assign(self.module.get_parameter(name), full)
         rows = self.cfg.batch // self.lanes
         micro = self.cfg.micro_batch or rows
         parts = len(self.mine) * rows // micro
@@ -68,6 +73,7 @@ class Zero:
         deepspeed.init_distributed("nccl" if self.device.type == "cuda" else "gloo", verbose=False)
         self.engine, self.optimizer, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=config)
         self.names, self.params = map(list, zip(*self.module.named_parameters(), strict=True))
+        self._materialise()  # stages 1 and 2 link parameters to moments at the first step of the first group, too early
         return self.engine, self.optimizer
 
     def begin(self, count: int) -> None:
@@ -92,8 +98,9 @@ class Zero:
     def _materialise(self) -> None:
         """Make the moments that the optimizer would create at its first step."""
         inner = self.optimizer.optimizer
-        if self.stage < 3 or inner.state:
-            return materialise(inner)
+        if self.stage < 3:
+            materialise(inner)
+            return self.optimizer._lazy_init_hp_params_optimizer_state()
         params, flats = [group["params"] for group in inner.param_groups], self.optimizer.fp32_partitioned_groups_flat
         for g, group in enumerate(inner.param_groups):  # stage 3 lends the optimizer its flat partitions for each step
             group["params"] = [f for i, f in enumerate(flats) if self.optimizer.sub_group_to_group_id[i] == g]
@@ -117,7 +124,6 @@ class Zero:
 
     def templates(self) -> dict[str, Tensor]:
         """Whole empty tensors on the CPU, to load into."""
-        self._materialise()
         found: dict[str, Tensor] = {}
         for name, p in zip(self.names, self.params, strict=True):
             shape = getattr(p, "ds_shape", p.shape)

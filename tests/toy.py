@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import dltrain
 from dltrain import checkpoint
-from dltrain.fit import fit
+from dltrain.loop import fit
 from dltrain.optim import adamw
 from dltrain.run import Run
 from dltrain.schedules import linear
@@ -34,7 +34,6 @@ class Config(dltrain.Config):
     log_every: int = 1
     save_every: int = 5
     dropout: float = 0.1
-    die_after: int = 0  # SIGKILL this process after so many steps, before they are saved
 
 
 class ToyRows:
@@ -89,21 +88,17 @@ class Toy(nn.Module):
         return {"loss": loss, "top1": (logits_MLV.argmax(-1) == batch["targets_ML"]).sum()}
 
 
-def train(cfg: Config) -> dict[str, float]:
-    """Run it; the figures of evaluation."""
+def train(cfg: Config) -> None:
     with Run(cfg) as run:
         task, optimizer = run.prepare(lambda: Toy(cfg.dropout), adamw(1e-2))
         data = run.batches(ToyRows())
-        if cfg.die_after:
 
-            def schedule(step: int) -> float:
-                if step == cfg.die_after:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return linear(2, 20)(step)
-        else:
-            schedule = linear(2, 20)
+        def schedule(step: int) -> float:
+            if str(step) == os.environ.get("DIE_AFTER"):  # this many steps
+                os.kill(os.getpid(), signal.SIGKILL)
+            return linear(2, 20)(step)
+
         fit(run, task, optimizer, schedule, data, evals={"eval": ToyRows(31)})
-        return {"rank": run.me.rank}
 
 
 def outcome(out: Path) -> tuple[str, bytes]:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 _context = mp.get_context("forkserver")
-_context.set_forkserver_preload(["toy"])
+os.environ["DS_ACCELERATOR"] = "cpu"
+_context.set_forkserver_preload(["toy", "torch.utils.tensorboard", "deepspeed"])
 
 
 class Died(Exception):

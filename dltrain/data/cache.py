@@ -19,8 +19,7 @@ def cache_dir() -> Path:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to, which becomes `path` at the end of the block, or vanishes on an
-    error."""
+    """A temporary name beside `path` to write to: it becomes `path` when the block ends, or vanishes on an error."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     temp = Path(name)
@@ -55,7 +54,11 @@ def built(folder: Path, build: Callable[[Path], None]) -> Path:
                     build(temp)
                     for path in temp.iterdir():
                         sync(path)
-                    temp.rename(folder)
+                    try:
+                        temp.rename(folder)
+                    except OSError:
+                        if not folder.is_dir():  # or another machine was first, where locks do not reach
+                            raise
                 sync(folder.parent)
     except OSError as error:
         raise UserError(

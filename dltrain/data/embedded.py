@@ -14,34 +14,33 @@ from typing import Any
 
 from dltrain.data.cache import built
 from dltrain.data.shards import write_shards
+from dltrain.errors import UserError
 from dltrain.progress import track
 
 VERSION = 1
-SKIPPED = {
-    "test",
-    "tests",
-    "_internal",
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-}  # code about code, and others' code
+# Folders of code about code, and of others' code.
+SKIPPED = {"test", "tests", "_internal", "site-packages", "dist-packages", "__pycache__"}
 SHORTEST, LONG = 200, 2000  # characters of a document: none is shorter, none grows beyond this by another docstring
 PER_SHARD = 1000  # documents
 
 
-def embedded_docs(cache: Path) -> str:
-    """Pattern of the shards with the documentation on this machine (about 7 MB of English), made on first use in
-    `cache`.
+def embedded(name: str, cache: Path) -> str:
+    """Pattern of shards with documentation that is on this machine, made on first use in `cache`.
 
-    A sample is a run of docstrings of one module, or one of Python's help topics: .txt, one paragraph a line, and
-    .json, {"module"}. Safe when many processes ask at once. UserError if the disk is full.
+    "docs": docstrings of Python's library and of torch, and Python's help topics, about 7 MB of English; "topics": the help
+    topics alone, 0.4 MB. A sample is a run of docstrings of one module, or one topic: .txt, one paragraph a line, and
+    .json, {"module"}. Safe when many processes ask at once. UserError for another name, or if the disk is full.
     """
     torch_version = importlib.metadata.version("torch")
-    name = f"docs-{VERSION}-python{platform.python_version()}-torch{torch_version}"
-    spec = importlib.util.find_spec("torch")
-    assert spec and spec.origin
-    roots = {"": Path(sysconfig.get_path("stdlib")), "torch.": Path(spec.origin).parent}
-    return str(built(cache / name, lambda folder: write_docs(folder, roots)))
+    roots = {}
+    if name == "docs":
+        spec = importlib.util.find_spec("torch")
+        assert spec and spec.origin
+        roots = {"": Path(sysconfig.get_path("stdlib")), "torch.": Path(spec.origin).parent}
+    elif name != "topics":
+        raise UserError(f"no embedded corpus {name!r}: there are embedded:docs and embedded:topics")
+    stamp = f"{name}-{VERSION}-python{platform.python_version()}-torch{torch_version}"
+    return str(built(cache / stamp, lambda folder: write_docs(folder, roots)))
 
 
 def write_docs(folder: Path, roots: dict[str, Path]) -> None:

@@ -47,8 +47,7 @@ class Micro:
 
 
 class Loader:
-    """Rows for training: step s reads positions [s B, (s + 1) B), lane l of n its rows [l B/n, (l + 1) B/n), in
-    order."""
+    """Rows for training: step s reads positions [s B, (s + 1) B), of which lane l has rows [l B/n, (l + 1) B/n)."""
 
     def __init__(
         self, rows: Rows, *, seed: int, batch: int, lanes: int, micro_batch: int, workers: int, pin: bool = False

@@ -5,8 +5,8 @@ the file name are one sample: `a/b.jpg` and `a/b.cls` are {"__key__": "a/b", "jp
 
 The index of `name.tar` is `name.tar.idx` beside it (in the cache folder where that one is read-only): a NumPy .npz of
 
-    meta        uint8   a JSON object: version, size (bytes) and mtime_ns and sha256 of the shard, extensions (their
-    names) key         uint8   the samples' keys in UTF-8, one after the other
+    meta        uint8   a JSON object: version, size (bytes) and mtime_ns and sha256 of the shard, names of extensions
+    key         uint8   the samples' keys in UTF-8, one after the other
     key_end     int64   per sample, where its key ends in `key`
     member_end  int64   per sample, where its members end in the next four
     extension   uint16  per member, number in meta.extensions
@@ -45,17 +45,16 @@ OPEN_FILES = 64  # per process; the oldest is closed beyond that
 
 
 def expand(pattern: str) -> list[Path]:
-    """Shards named by `pattern`: paths, {000..012} braces, globs, folders (their .tar files, sorted), or a comma list
-    of these.
+    """Shards named by `pattern`: paths, {000..012} braces, globs, folders of .tar files, or a comma list of these.
 
     UserError if it names nothing, a missing or unreadable file, or one file twice.
     """
     from webdataset.shardlists import expand_urls
 
     try:
-        names = [
-            name.strip() for name in expand_urls("{" + pattern + ",}")
-        ]  # braces make a list of the outer commas too
+        # Braces around it all make a list of the outer commas too. A name that exists is itself, whatever is in it.
+        literal = pattern and Path(pattern).expanduser().exists()
+        names = [pattern] if literal else [name.strip() for name in expand_urls("{" + pattern + ",}")]
     except ValueError as error:
         raise UserError(f"shards {pattern!r}: {error}; close every brace") from error
     paths: list[Path] = []
@@ -95,12 +94,12 @@ def write_shards(samples: Iterable[dict[str, Any]], folder: Path, prefix: str, s
     from webdataset.tariterators import base_plus_ext
     from webdataset.writer import TarWriter
 
-    folder.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
     rest = iter(samples)
     while shard := list(itertools.islice(rest, samples_per_shard)):
         path = folder / f"{prefix}-{len(paths):06d}.tar"
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             with whole(path) as temp:
                 with (
                     open(temp, "wb") as file,
@@ -122,8 +121,7 @@ def write_shards(samples: Iterable[dict[str, Any]], folder: Path, prefix: str, s
 
 
 class Shards:
-    """Samples of all shards that `pattern` names, by number, in the order of the shards. Picklable; opens files
-    lazily."""
+    """Samples of all shards that `pattern` names, by number, in their order. Picklable; opens files lazily."""
 
     def __init__(self, pattern: str):
         self.paths = expand(pattern)

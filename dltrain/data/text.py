@@ -155,8 +155,7 @@ def _receive(source: tuple[Shards, Encoder, int]) -> None:
 
 
 def _encode(start: int, source: tuple[Shards, Encoder, int] | None = None) -> tuple:
-    """Documents start ... start + TASK - 1: (tokens, tokens per sentence, sentences per document); or an error
-    first."""
+    """Documents start ... start + TASK - 1: (tokens or an error, tokens per sentence, sentences per document)."""
     shards, tokenizer, longest = source or _source
     lengths: list[int] = []
     counts: list[int] = []

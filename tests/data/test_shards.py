@@ -101,6 +101,9 @@ def test_expand(tmp_path):
     assert expand(f"{tmp_path}/a-{{0..1}}.tar") == [a0, a1]
     assert expand(f"{b},{tmp_path}/a-{{0..1}}.tar") == [b, a0, a1]
     assert expand(f"{tmp_path}/a-{{1,0}}.tar") == [a1, a0]
+    odd = tar(tmp_path / "c,{1}[2].tar", [])
+    assert expand(str(odd)) == [odd]
+    odd.unlink()
     assert expand(f"{tmp_path}/*.tar") == expand(str(tmp_path)) == [a0, a1, b]
     (tmp_path / "none").mkdir()
     for pattern, word in (

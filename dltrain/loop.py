@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dltrain.data.loader import Rows
-from dltrain.evaluate import evaluate
+from dltrain.evaluation import evaluate
 from dltrain.run import Run
 
 
@@ -18,13 +18,13 @@ def fit(
     schedule: Callable[[int], float],
     data: Iterator[list[Any]],
     evals: Mapping[str, Rows] | None = None,
-) -> None:
-    """Train until `cfg.steps`, from wherever the run was.
+) -> dict[str, dict[str, float]]:
+    """Train until `cfg.steps`, from wherever the run was. Returns the last evaluations, {} if the run was done before.
 
     A task maps a micro-batch to sums, "loss" among them; `batch["count"]` says over how many items. `schedule` maps a
     step to a multiplier of the learning rate. `evals` are held-out rows by the name under which their means are logged.
     """
-    cfg = run.cfg
+    cfg, figures = run.cfg, {}
     for step in run.steps():
         multiplier = schedule(step)
         for group in optimizer.param_groups:
@@ -36,6 +36,8 @@ def fit(
             run.report(grad_norm=norm, lr=optimizer.param_groups[0]["lr"])
         if run.due(cfg.eval_every):
             for name, rows in (evals or {}).items():
-                run.report_eval(name, evaluate(run, task, rows))
+                figures[name] = evaluate(run, task, rows)
+                run.report_eval(name, figures[name])
         if run.due(cfg.save_every):
             run.save()
+    return figures

@@ -1,0 +1,39 @@
+"""From a pattern of text shards to a tokenizer and tokens, both made once and kept in the cache."""
+
+from pathlib import Path
+from typing import Literal
+
+from dltrain.data.cache import built, cache_dir
+from dltrain.data.embedded import embedded
+from dltrain.data.shards import Shards
+from dltrain.data.text import TokenStore, text_of, tokenise
+from dltrain.errors import UserError
+from dltrain.tokenizers import spm
+
+
+def tokenised(
+    pattern: str, model: str, *, kind: Literal["unigram", "bpe"], vocab: int, longest: int
+) -> tuple[spm.Tokenizer, TokenStore]:
+    """The tokenizer `model` (one trained on the shards if empty) and the shards' tokens, sentences cut at `longest`.
+
+    `pattern` is a webdataset pattern, or embedded:docs.
+
+    Raises:
+        UserError: for shards or a tokenizer that cannot be read, or a tokenizer of another vocabulary than `vocab`.
+    """
+    cache = cache_dir()
+    name = pattern.removeprefix("embedded:")
+    shards = Shards(embedded(name, cache) if name != pattern else pattern)
+    if model:
+        tokenizer = spm.load(Path(model))
+    else:
+        place = cache / f"tokenizer-{kind}-{vocab}-{shards.fingerprint[:16]}"
+
+        def train(folder: Path) -> None:
+            texts = (text_of(shards, i) for i in range(len(shards)))
+            spm.train(texts, folder / "tokenizer.model", vocab=vocab, kind=kind)
+
+        tokenizer = spm.load(built(place, train) / "tokenizer.model")
+    if tokenizer.vocab_size != vocab:
+        raise UserError(f"tokenizer {model} has {tokenizer.vocab_size} tokens, --vocab is {vocab}: make them equal")
+    return tokenizer, tokenise(shards, tokenizer, cache, longest=longest)

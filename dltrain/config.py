@@ -41,6 +41,8 @@ class Config:
     debug: bool = False  # a checklist instead of a run: one process, deterministic, a minute
 
 
+C = TypeVar("C", bound=Config)
+
 # These may differ from one launch of a run to the next. All else decides the numbers and belongs to the run.
 FREE = frozenset(
     "out steps strategy remat workers log_every eval_every save_every save_async keep wandb debug lanes".split()
@@ -60,6 +62,13 @@ def digest(fields: Mapping[str, Any]) -> str:
 def recipe_name(cfg: Config) -> str:
     """The stem of the file that defines the recipe's Config."""
     return Path(getattr(sys.modules[type(cfg).__module__], "__file__", None) or "recipe").stem
+
+
+def dress(config: type[C], fields: Mapping[str, Any]) -> C:
+    """A config from the JSON that a run directory keeps; fields that are no longer known are left out."""
+    known = {f.name: f.default for f in dataclasses.fields(config)}
+    values = {k: tuple(v) if isinstance(known[k], tuple) else v for k, v in fields.items() if k in known}
+    return config(**values)
 
 
 def conflicts(cfg: Config, world: int, local_world: int) -> list[str]:
@@ -95,9 +104,6 @@ def conflicts(cfg: Config, world: int, local_world: int) -> list[str]:
     )
     refuse(cfg.debug and world > 1, f"--debug is one process, and {world} were started: start it with python")
     return found
-
-
-C = TypeVar("C", bound=Config)
 
 
 def parse(config: type[C], presets: Mapping[str, C], recipe: str, argv: list[str], description: str = "") -> C:

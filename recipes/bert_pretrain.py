@@ -46,36 +46,37 @@ class Config(dltrain.Config):
     tokenizer_kind: Literal["unigram", "bpe"] = "unigram"
     vocab: int = 4096  # tokens, special ones included
     objective: Literal["bert", "roberta"] = "bert"
-    row: int = 128  # tokens
+    batch: int = 16  # rows per optimizer step, over all ranks
+    row: int = 64  # tokens
     masked: float = 0.15  # of tokens: 80% become [MASK], 10% random, 10% stay
     lr: float = 1e-3  # peak
-    warmup: int = 100  # optimizer steps
+    warmup: int = 200  # optimizer steps
     decay: float = 0.01  # of weights; not of biases and norms
     beta2: float = 0.999
     layers: int = 2
     width: int = 128
     heads: int = 2
-    dropout: float = 0.1
+    dropout: float = 0.0  # a model this small underfits; the paper's sizes have 0.1
     init: str = ""  # folder in Hugging Face's layout to start from
 
 
 PRESETS = {
-    "tiny": Config(steps=1500, batch=32, eval_every=250, save_every=250, log_every=25),
+    "tiny": Config(steps=3600, log_every=100, eval_every=900, save_every=300),
     "debug": Config(
-        steps=10, batch=24, lanes=4, row=32, vocab=512, width=32, warmup=2, log_every=1, save_every=5, eval_every=5,
+        steps=10, batch=24, lanes=4, row=32, vocab=512, width=32, dropout=0.1, warmup=2, log_every=1, save_every=5, eval_every=5,
         shards="embedded:topics",
     ),
     "base": Config(
         steps=1_000_000, batch=256, micro_batch=32, row=512, vocab=30522, lr=1e-4, warmup=10_000, layers=12, width=768, heads=12,
-        precision="bf16", log_every=100, save_every=2500, eval_every=10_000, workers=4,
+        dropout=0.1, held_out=0.001, precision="bf16", log_every=100, save_every=2500, eval_every=10_000, workers=4,
     ),
     "large": Config(
         steps=1_000_000, batch=256, micro_batch=16, row=512, vocab=30522, lr=1e-4, warmup=10_000, layers=24, width=1024, heads=16,
-        precision="bf16", log_every=100, save_every=2500, eval_every=10_000, workers=4,
+        dropout=0.1, held_out=0.001, precision="bf16", log_every=100, save_every=2500, eval_every=10_000, workers=4,
     ),
     "roberta-base": Config(
         objective="roberta", tokenizer_kind="bpe", steps=500_000, batch=8192, micro_batch=32, row=512, vocab=50265, lr=6e-4,
-        warmup=24_000, beta2=0.98, clip=0.0, layers=12, width=768, heads=12, precision="bf16", log_every=100, save_every=1000,
+        warmup=24_000, beta2=0.98, clip=0.0, layers=12, width=768, heads=12, dropout=0.1, held_out=0.001, precision="bf16", log_every=100, save_every=1000,
         eval_every=5000, workers=4,
     ),
 }  # fmt: skip

@@ -1,0 +1,60 @@
+"""dltrain report RUN | dltrain export RUN DIR: what one does with a run directory."""
+
+import importlib
+import sys
+from pathlib import Path
+
+from dltrain.config import dress, leave
+from dltrain.errors import UserError
+
+USAGE = """usage: dltrain COMMAND ...
+
+  dltrain report RUN        write RUN/report.html: one page with the curves, the configuration and the results
+  dltrain export RUN DIR    write the newest checkpoint's weights as DIR, in Hugging Face's layout
+"""
+
+
+def main() -> None:
+    """Exit code 2, and one line, for a user's mistake."""
+    try:
+        match sys.argv[1:]:
+            case ["report", run]:
+                from dltrain.report import report
+
+                print(report(Path(run)))
+            case ["export", run, folder]:
+                export(Path(run), Path(folder))
+                print(folder)
+            case ["-h" | "--help"]:
+                print(USAGE, end="")
+            case arguments:
+                print(USAGE, end="", file=sys.stderr)
+                raise UserError(f"no such command: {' '.join(arguments) or '(none)'}")
+    except UserError as error:
+        print(f"dltrain: {error}", file=sys.stderr)
+        leave(2)
+
+
+def export(run: Path, folder: Path) -> None:
+    """Hand the newest whole checkpoint of a run to its recipe's own `export(cfg, weights, folder)`.
+
+    Raises:
+        UserError: for a folder that is no run, has no whole checkpoint, or whose recipe exports nothing.
+    """
+    from dltrain import checkpoint, rundir
+
+    described = rundir.read_json(run / "config.json")
+    try:
+        recipe = importlib.import_module(f"dltrain.recipes.{described['recipe']}")
+    except ModuleNotFoundError:
+        raise UserError(f"{run} is of the recipe {described['recipe']!r}, which is not one of dltrain's") from None
+    if not hasattr(recipe, "export"):
+        raise UserError(f"the recipe {described['recipe']} has no export")
+    found = checkpoint.newest(run / "checkpoints", lambda path, why: print(f"skipping {path}: {why}", file=sys.stderr))
+    if found is None:
+        raise UserError(f"{run} has no whole checkpoint yet")
+    recipe.export(dress(recipe.Config, described["config"]), checkpoint.read(found[0]), folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""dltrain: one trainer, the same numbers everywhere. Names load on first use, so that `--help` need not wait for torch."""
+"""dltrain: one trainer, the same numbers everywhere. Names load on first use, so that `--help` is quick."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -13,7 +13,14 @@ if TYPE_CHECKING:
     from dltrain.run import Run as Run
 
 __version__ = "0.1.0"
-_HOME = {"Config": "config", "cli": "config", "Run": "run", "fit": "loop", "evaluate": "evaluation", "checklist": "debug"}
+_HOME = {
+    "Config": "config",
+    "cli": "config",
+    "Run": "run",
+    "fit": "loop",
+    "evaluate": "evaluation",
+    "checklist": "debug",
+}
 
 
 def __getattr__(name: str):

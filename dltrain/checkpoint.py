@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dltrain.errors import UserError
 
@@ -40,8 +41,8 @@ def save(
 ) -> threading.Thread | None:
     """Write and publish a checkpoint; every rank of `group` (a CPU group; None: one process) calls it.
 
-    Tensors are DTensors, or plain ones that are the same on every rank that has them. With `background` they are copied,
-    and a thread does the rest: join it before the next save.
+    Tensors are DTensors, or plain ones that are the same on every rank that has them. With `background` they are
+    copied, and a thread does the rest: join it before the next save.
 
     Raises:
         UserError: when it cannot be written (no space, read-only). Nothing that was saved before is touched.
@@ -162,7 +163,7 @@ def read(path: Path, prefix: str = "model/") -> dict[str, Tensor]:
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in metadata.items()
-        if name.startswith(prefix) and hasattr(entry, "properties")
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
     _quietly(dcp.load, tensors, checkpoint_id=path, no_dist=True)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -192,7 +193,8 @@ def _explain(step: int, folder: Path, code: int) -> UserError:
     rest = f"the newest checkpoint is {have[-1]}" if have else "there is no earlier checkpoint"
     advice = "free some space" if code in (errno.ENOSPC, errno.EDQUOT) else "make the folder writable"
     return UserError(
-        f"step {step} could not be saved in {folder}: {os.strerror(code)}; {rest}; {advice} and run the same command again"
+        f"step {step} could not be saved in {folder}: {os.strerror(code)}; {rest}; "
+        f"{advice} and run the same command again"
     )
 
 

@@ -1,4 +1,4 @@
-"""The dataclass is the command line: base fields, presets, and the errors that a user can mend. The only importer of tyro."""
+"""The dataclass is the command line: base fields, presets, and what cannot be. The only importer of tyro."""
 
 import dataclasses
 import hashlib
@@ -44,9 +44,8 @@ class Config:
 C = TypeVar("C", bound=Config)
 
 # These may differ from one launch of a run to the next. All else decides the numbers and belongs to the run.
-FREE = frozenset(
-    "out steps strategy remat workers log_every eval_every save_every save_async keep wandb debug lanes".split()
-)
+FREE = {"out", "steps", "strategy", "remat", "workers", "log_every", "eval_every", "save_every", "save_async", "keep"}
+FREE |= {"wandb", "debug", "lanes"}
 
 
 def numbers(cfg: Config) -> dict[str, Any]:
@@ -67,7 +66,9 @@ def recipe_name(cfg: Config) -> str:
 def dress(config: type[C], fields: Mapping[str, Any]) -> C:
     """A config from the JSON that a run directory keeps; fields that are no longer known are left out."""
     known = {f.name: f.default for f in dataclasses.fields(config)}
-    values = {k: tuple(v) if isinstance(known[k], tuple) else v for k, v in fields.items() if k in known}
+    values: dict[str, Any] = {
+        k: tuple(v) if isinstance(known[k], tuple) else v for k, v in fields.items() if k in known
+    }
     return config(**values)
 
 
@@ -79,7 +80,14 @@ def conflicts(cfg: Config, world: int, local_world: int) -> list[str]:
         if when:
             found.append(what)
 
-    for name, least in {"steps": 1, "batch": 1, "micro_batch": 0, "log_every": 1, "eval_every": 0, "save_every": 0}.items():
+    for name, least in {
+        "steps": 1,
+        "batch": 1,
+        "micro_batch": 0,
+        "log_every": 1,
+        "eval_every": 0,
+        "save_every": 0,
+    }.items():
         refuse(getattr(cfg, name) < least, f"{name} ({getattr(cfg, name)}) must be at least {least}")
     for name in ("keep", "workers", "clip"):
         least = 1 if name == "keep" else 0
@@ -89,21 +97,50 @@ def conflicts(cfg: Config, world: int, local_world: int) -> list[str]:
     rows = cfg.batch // lanes
     refuse(
         cfg.micro_batch > 0 and cfg.batch % lanes == 0 and rows % cfg.micro_batch != 0,
-        f"a lane's rows ({cfg.batch} rows / {lanes} lanes = {rows}) must be a multiple of micro_batch ({cfg.micro_batch})",
+        f"the rows of a lane ({cfg.batch} / {lanes} lanes = {rows}) must be a multiple of micro_batch ({cfg.micro_batch})",
     )
-    refuse(
-        cfg.strategy == "single" and world > 1, f"strategy single is one process, and {world} were started: use ddp"
-    )
+    refuse(cfg.strategy == "single" and world > 1, f"strategy single is one process, and {world} were started: use ddp")
     zero = cfg.strategy.startswith("zero")
     refuse(zero and cfg.remat == "selective", f"remat selective is not offered under {cfg.strategy}: use full")
     refuse(zero and cfg.precision == "fp16", f"fp16 is not offered under {cfg.strategy}: use bf16")
-    refuse(zero and lanes % world != 0, f"{cfg.strategy} needs lanes ({lanes}) to be a multiple of the processes ({world})")
+    refuse(
+        zero and lanes % world != 0, f"{cfg.strategy} needs lanes ({lanes}) to be a multiple of the processes ({world})"
+    )
     refuse(
         cfg.strategy == "hybrid" and (local_world < 2 or world % local_world != 0),
-        f"hybrid shards within a node, with the same number of processes (over 1) on each: here {local_world} of {world}",
+        f"hybrid shards within a node: each needs the same number of processes, over 1; here {local_world} of {world}",
     )
     refuse(cfg.debug and world > 1, f"--debug is one process, and {world} were started: start it with python")
     return found
+
+
+def settle(
+    cfg: C, world: int, local_world: int, before: Mapping[str, Any], env: Mapping[str, str] = os.environ
+) -> tuple[C, int]:
+    """Settle auto and -1, from the run's own past (`before`: its recorded fields, {} for a new run) where it has one.
+
+    Returns the config and the number of CPU threads, which belongs to the run too, since it changes the bits.
+
+    Raises:
+        UserError: for all conflicts at once, with the numbers.
+    """
+    if cfg.strategy == "auto":
+        cfg = dataclasses.replace(cfg, strategy="ddp" if world > 1 else "single")
+    if cfg.precision == "auto":
+        cfg = dataclasses.replace(cfg, precision="fp32")
+    threads = int(env.get("DLTRAIN_THREADS", before.get("threads", 1)))
+    lanes = before.get("lanes", -1) if cfg.lanes < 0 else cfg.lanes
+    grown = 0 < lanes < world
+    if lanes < 0 or grown:
+        lanes = next((n for n in range(world, cfg.batch + 1) if cfg.batch % n == 0), world)
+    cfg = dataclasses.replace(cfg, lanes=lanes)
+    found = conflicts(cfg, world, local_world)
+    now = json.loads(json.dumps(numbers(cfg))) | {"threads": threads} | ({} if grown else {"lanes": lanes})
+    if differ := [f"{k} is {before[k]} there, {v} now" for k, v in now.items() if before.get(k, v) != v]:
+        found.append(f"{cfg.out} is a run of another configuration ({'; '.join(differ)}): use another --out")
+    if found:
+        raise UserError("; ".join(found))
+    return cfg, threads
 
 
 def parse(config: type[C], presets: Mapping[str, C], recipe: str, argv: list[str], description: str = "") -> C:
@@ -122,7 +159,9 @@ def parse(config: type[C], presets: Mapping[str, C], recipe: str, argv: list[str
     default = presets[name]
     if not default.out:
         default = dataclasses.replace(default, out=f"runs/{recipe}-{name}")
-    usage = f"{description}\n\nPresets: {', '.join(presets)} (now: {name}). `{recipe}.py PRESET --help` shows its values."
+    usage = (
+        f"{description}\n\nPresets: {', '.join(presets)} (now: {name}). `{recipe}.py PRESET --help` shows its values."
+    )
     return tyro.cli(config, default=default, args=rest, description=usage, prog=f"{recipe}.py [PRESET]")
 
 
@@ -131,7 +170,9 @@ def cli(main: Callable[[Any], None], config: type[C], presets: Mapping[str, C] |
     module = sys.modules[main.__module__]
     recipe = Path(module.__file__ or "recipe").stem
     try:
-        main(parse(config, presets or {"default": config()}, recipe, sys.argv[1:], (module.__doc__ or "").split("\n")[0]))
+        main(
+            parse(config, presets or {"default": config()}, recipe, sys.argv[1:], (module.__doc__ or "").split("\n")[0])
+        )
     except UserError as error:
         if not getattr(error, "told", False):
             print(f"{recipe}: {error}", file=sys.stderr, flush=True)

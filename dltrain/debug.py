@@ -1,7 +1,7 @@
 """--debug: one process, one device, deterministic; a checklist with a verdict per line, in about a minute.
 
-Each line is a bug that trains without a word: a wrong loss scale, a detached parameter, rows that see each other, a mask
-that shows the future, state that a resume forgets.
+Each line is a bug that trains without a word: a wrong loss scale, a detached parameter, rows that see each other, a
+mask that shows the future, state that a resume forgets.
 """
 
 import contextlib
@@ -64,10 +64,18 @@ def checklist(
             task, optimizer = run.prepare(build, optimizer_of)
         seed_step(cfg.seed, 0, 0, 0)
         loss = float(_mean(task, batch))
-        line("loss at initialisation is that of chance", abs(loss - chance) < 0.1 * chance, f"{loss:.3f}, chance {chance:.3f}")
+        line(
+            "loss at initialisation is that of chance",
+            abs(loss - chance) < 0.1 * chance,
+            f"{loss:.3f}, chance {chance:.3f}",
+        )
         _mean(task, batch).backward()
         without = [name for name, p in task.named_parameters() if p.grad is None or not bool(_whole(p.grad).any())]
-        line("every parameter has a gradient", not without, ", ".join(without[:5]) or f"{len(list(task.parameters()))} of them")
+        line(
+            "every parameter has a gradient",
+            not without,
+            ", ".join(without[:5]) or f"{len(list(task.parameters()))} of them",
+        )
         leak = _leak(task, batch)
         line("rows do not see each other", leak < 1e-4, f"a row alone and among others: {leak:.1e} apart")
         if causal:
@@ -103,7 +111,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _leak(task: nn.Module, batch: Batch) -> float:
-    """How far the loss of the first half of the rows changes, relatively, when the other half is replaced by the first."""
+    """How far the loss of two halves of the rows together is from their losses apart, or from another order's."""
     task.eval()
     size = next(v.shape[0] for v in batch.values() if v.ndim)
     half = max(size // 2, 1)

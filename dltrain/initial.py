@@ -1,7 +1,7 @@
 """Initial weights by (seed, module name), the same bits on any device, strategy and number of processes.
 
-A task is built on the meta device, wrapped, and filled here one leaf at a time on the CPU, so that a process never holds
-more than one whole parameter besides its shards. Every module that owns parameters has torch's `reset_parameters()`.
+A task is built on the meta device, wrapped, and filled here one leaf at a time on the CPU, so that a process never
+holds more than one whole leaf besides its shards. Every module that owns parameters has torch's `reset_parameters()`.
 """
 
 import copy
@@ -44,7 +44,8 @@ def fill(module: nn.Module, originals: dict[str, nn.Module], seed: int) -> None:
             for k, meta in kind.items():
                 if meta is not None:
                     full = torch.empty_like(meta, device="cpu")
-                    kind[k] = nn.Parameter(full, meta.requires_grad) if isinstance(meta, nn.Parameter) else full
+                    parameter = isinstance(meta, nn.Parameter)
+                    kind[k] = nn.Parameter(full, meta.requires_grad) if parameter else full  # type: ignore
         torch.manual_seed(key("init", seed, name))
         leaf.reset_parameters()  # type: ignore[operator]
         target = module.get_submodule(name)

@@ -1,7 +1,7 @@
 """The fixed tree: which lane is whose, and the sum of all lanes in one order, whatever the number of processes.
 
 A step is n lanes. Their gradients combine in one binary tree over 0 .. n-1: (0 1) (2 3) ..., an odd one out moves up
-alone. a + b is commutative in floating point, so the shape of the tree alone fixes the bits: who adds, and when, does not.
+alone. a + b is commutative in floating point, so the tree's shape alone fixes the bits: who adds, and when, does not.
 
 Legend: n lanes, W processes, r a rank, P elements of a flat gradient padded to a multiple of W.
 """
@@ -49,7 +49,7 @@ def blocks(n: int, world: int, rank: int) -> list[int]:
 
 
 def rounds(n: int, world: int, rank: int) -> list[int]:
-    """Lanes dealt in rounds: one exchange a round, so only shards wait (fsdp). May run past n: those are not counted."""
+    """Lanes dealt in rounds: one exchange a round, so only shards wait (fsdp). Those past n are not counted."""
     return [k * world + rank for k in range(-(-n // world))]
 
 
@@ -64,8 +64,8 @@ def subtrees(n: int, world: int, rank: int) -> list[tuple[int, int]]:
 class TreeAllReduce:
     """ddp: every process's merged nodes -> the sum over all lanes, on every process.
 
-    Each node is cut into W pieces; all-to-all brings the pieces of one index to one process, which finishes the tree for
-    them; an all-gather returns them. That moves the bytes of a ring all-reduce (2 (W - 1) / W of the gradient).
+    Each node is cut into W pieces; all-to-all brings the pieces of one index to one process, which finishes the tree
+    for them; an all-gather returns them. That moves the bytes of a ring all-reduce (2 (W - 1) / W of the gradient).
     """
 
     def __init__(self, params: list[Tensor], n: int, bucket_bytes: int = 1 << 25):

@@ -93,7 +93,9 @@ def _slurm_master(env: Mapping[str, str]) -> str:
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
     if "MASTER_ADDR" not in env and not nodes:
         raise UserError("srun set SLURM_PROCID but no SLURM_STEP_NODELIST: set MASTER_ADDR and MASTER_PORT")
-    port = env.get("MASTER_PORT") or str(20000 + (_int(env, "SLURM_JOB_ID", 0) * 7 + _int(env, "SLURM_STEP_ID")) % 12000)
+    port = env.get("MASTER_PORT") or str(
+        20000 + (_int(env, "SLURM_JOB_ID", 0) * 7 + _int(env, "SLURM_STEP_ID")) % 12000
+    )
     return f"{env.get('MASTER_ADDR') or first_host(nodes or '')}:{port}"
 
 
@@ -154,7 +156,9 @@ def honour(cfg: C, env: Mapping[str, str]) -> C:
                 refused.append(f"{name}={env[name]} (nothing is offloaded)")
 
     if (clip := env.get("ACCELERATE_GRADIENT_CLIPPING", "none")) != "none" and float(clip) != cfg.clip:
-        refused.append(f"ACCELERATE_GRADIENT_CLIPPING={clip} (the recipe has clip {cfg.clip}: give --clip {clip} alone)")
+        refused.append(
+            f"ACCELERATE_GRADIENT_CLIPPING={clip} (the recipe has clip {cfg.clip}: give --clip {clip} alone)"
+        )
     if (steps := env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) not in ("1", "none"):
         refused.append(f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={steps} (batch and micro_batch decide that)")
     if on("ACCELERATE_CPU_AFFINITY"):

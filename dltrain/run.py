@@ -15,7 +15,6 @@ The only object that knows a rank. A loop is the recipe's own; these verbs make 
 import dataclasses
 import datetime
 import os
-import signal
 import sys
 import threading
 import time
@@ -34,8 +33,9 @@ from dltrain.data.loader import Loader, Rows
 from dltrain.errors import UserError
 from dltrain.lanes import all_gather
 from dltrain.log import Log, NullLog
-from dltrain.meter import mfu, peak_flops
 from dltrain.seeds import seed_step
+from dltrain.signals import Signals
+from dltrain.speed import Speed
 from dltrain.strategy import Lanes
 
 T = TypeVar("T")
@@ -54,29 +54,30 @@ class Run:
         self.cfg = launch.honour(cfg, os.environ)
         self.me = launch.detect(os.environ)
         self.step_done = 0  # optimizer steps that are in the weights
-        self.row_flops, self.row_tokens = 0.0, 0
         self.loader: Loader | None = None
-        self._stop, self._saving, self._saved, self._saved_step = "", None, None, -1
+        self._saving: threading.Thread | None = None
+        self._saved_step = -1
 
     def __enter__(self) -> "Run":
         self.device = _device(self.me)
-        self.me.world > 1 and self._join()
+        if self.me.world > 1:
+            self._join()
         self._agree()
         self._resolve()
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
         if not dist.is_initialized() and (self.cfg.strategy not in ("single", "ddp") or self.cfg.precision != "fp32"):
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        self.group = dist.new_group(backend="gloo") if self.me.world > 1 else None  # of CPU tensors and objects
-        self._catch_signals()
+        self.group: Any = dist.new_group(backend="gloo") if self.me.world > 1 else None  # of CPU tensors and objects
+        self.signals = Signals(say=self.me.rank == 0)
+        self.speed = Speed(self.device, self.me.world, self.cfg.precision)
         self.log = NullLog()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         self.settle(quiet=error is not None)
         self.log.close()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self.signals.restore()
         if not dist.is_initialized():
             return
         if error is None or isinstance(error, SystemExit):
@@ -110,30 +111,12 @@ class Run:
                 )
 
     def _resolve(self) -> None:
-        """Settle auto and -1, from the run directory where the run exists already; then refuse what cannot be."""
-        cfg, world = self.cfg, self.me.world
-        if cfg.strategy == "auto":
-            cfg = dataclasses.replace(cfg, strategy="ddp" if world > 1 else "single")
-        if cfg.precision == "auto":
-            cfg = dataclasses.replace(cfg, precision="fp32")
-        before = self.first(lambda: _recorded(Path(cfg.out)))
-        threads = int(os.environ.get("DLTRAIN_THREADS", before.get("threads", 1)))
-        lanes = cfg.lanes
-        if lanes < 0:
-            lanes = before.get("lanes", -1)
-        self.grown = 0 < lanes < world
-        if lanes < 0 or self.grown:
-            lanes = next((n for n in range(world, cfg.batch + 1) if cfg.batch % n == 0), world)
-        self.cfg = cfg = dataclasses.replace(cfg, lanes=lanes)
-        found = config.conflicts(cfg, world, self.me.local_world)
-        now = rundir.plain(config.numbers(cfg)) | {"threads": threads} | ({} if self.grown else {"lanes": lanes})
-        differ = [f"{k} is {before[k]} there, {v} now" for k, v in now.items() if before.get(k, v) != v]
-        if differ:
-            found.append(f"{cfg.out} is a run of another configuration ({'; '.join(differ)}): use another --out")
-        if found:
-            raise _told(UserError("; ".join(found)), self.me.rank)
-        torch.set_num_threads(threads)  # their number changes the bits, and launchers set it differently
-        self.threads, self.before = threads, before
+        self.before = self.first(lambda: _recorded(Path(self.cfg.out)))
+        try:
+            self.cfg, self.threads = config.settle(self.cfg, self.me.world, self.me.local_world, self.before)
+        except UserError as error:
+            raise _told(error, self.me.rank) from None
+        torch.set_num_threads(self.threads)  # launchers set it differently
 
     def first(self, work: Callable[[], T]) -> T:
         """Let rank 0 do it and give all the result; its error comes to all, printed once."""
@@ -166,19 +149,6 @@ class Run:
         dist.all_gather_object(everyone, value)
         return everyone
 
-    def _catch_signals(self) -> None:
-        def note(number: int, frame: object) -> None:
-            if self._stop and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._stop = signal.Signals(number).name
-            if number == signal.SIGINT and self.me.rank == 0:
-                print("\nstopping after this step (once more: at once)", file=sys.stderr, flush=True)
-
-        self._handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-                self._handlers[number] = signal.signal(number, note)
-
     # --- the task, its data, its past ----------------------------------------------------------------------------
 
     def prepare(
@@ -207,10 +177,12 @@ class Run:
         out = Path(self.cfg.out)
         try:
             settled = dataclasses.asdict(self.cfg) | {"threads": self.threads}
-            rundir.describe(out, recipe=config.recipe_name(self.cfg), config=settled, command=[sys.executable, *sys.argv])
+            rundir.describe(
+                out, recipe=config.recipe_name(self.cfg), config=settled, command=[sys.executable, *sys.argv]
+            )
         except OSError as error:
             raise UserError(f"{out} cannot be written ({error.strerror}): choose another --out") from None
-        if self.grown:
+        if 0 < self.before.get("lanes", -1) < self.cfg.lanes:
             said = f"{self.before['lanes']} lanes became {self.cfg.lanes}, one a process: other bits from here on"
             print(said, flush=True)
             rundir.append_event(out, "lanes", before=self.before["lanes"], now=self.cfg.lanes)
@@ -234,7 +206,7 @@ class Run:
     def _start_log(self) -> None:
         resumed = self.step_done if self.restored else None
         if self.me.rank == 0:
-            unit = "tokens" if self.row_tokens else "rows"
+            unit = "tokens" if self.speed.row_tokens else "rows"
             self.log = Log(
                 Path(self.cfg.out), total_steps=self.cfg.steps, unit=unit, wandb=self.cfg.wandb, resumed=resumed
             )
@@ -258,8 +230,8 @@ class Run:
     # --- the step ------------------------------------------------------------------------------------------------
 
     def steps(self) -> Iterator[int]:
-        """The steps still to do. After a signal to any rank, all save the step they are in and leave with exit code 75."""
-        self._clock, self._waited, self._since = time.perf_counter(), 0.0, self.step_done
+        """The steps still to do. After a signal to any rank, all save the step they are in and leave (exit code 75)."""
+        self.speed.begin(self.step_done)
         while self.step_done < self.cfg.steps:
             yield self.step_done
             if self.step_done < self.cfg.steps and self._stopped():
@@ -269,7 +241,7 @@ class Run:
         """This process's micro-batches of the step, on its device, each with its own random numbers."""
         began = time.perf_counter()
         micros = next(data)
-        self._waited += time.perf_counter() - began
+        self.speed.wait(time.perf_counter() - began)
         parts, n = micros[0].parts, self.strategy.lanes
         lanes = [self.strategy.mine[i // parts] for i in range(len(micros))]
         self.strategy.begin(sum(int(m.batch["count"]) for m, lane in zip(micros, lanes, strict=True) if lane < n))
@@ -286,7 +258,7 @@ class Run:
         lane, last = self._at
         self.names = sorted(sums)
         values = torch.stack([sums[k].detach().double() for k in self.names])
-        extra = values.new_tensor([self._count, float(bool(self._stop))])
+        extra = values.new_tensor([self._count, float(bool(self.signals.name))])
         values = torch.cat([values, extra])
         self.sums[lane] = self.sums[lane] + values if lane in self.sums else values
         self.strategy.backward(sums["loss"], lane, last)
@@ -324,14 +296,14 @@ class Run:
 
     def measure(self, flops: float, tokens: int) -> None:
         """Tell the meter what a row costs (forward and backward FLOPs) and how many tokens it has. Before prepare()."""
-        self.row_flops, self.row_tokens = flops, tokens
+        self.speed.row_flops, self.speed.row_tokens = flops, tokens
 
     def report(self, **values: Any) -> None:
         """Log the last step: its means, and `values` (numbers or 0-d tensors)."""
         numbers = self.means() | {k: float(v) for k, v in values.items()}
         samples = self.step_done * self.cfg.batch
-        numbers |= {"samples": samples} | ({"tokens": samples * self.row_tokens} if self.row_tokens else {})
-        speed = self._speed()
+        numbers |= {"samples": samples} | ({"tokens": samples * self.speed.row_tokens} if self.speed.row_tokens else {})
+        speed = self.speed.read(self.step_done, self.cfg.steps, self.cfg.batch)
         self.log.metrics(self.step_done, numbers)
         self.log.speed(self.step_done, speed)
         self.log.line(self.step_done, numbers, speed)
@@ -341,28 +313,7 @@ class Run:
         values = {f"{name}/{k}": v for k, v in means.items()}
         self.log.metrics(self.step_done, values)
         self.log.line(self.step_done, values)
-        self._clock, self._waited, self._since = time.perf_counter(), 0.0, self.step_done
-
-    def _speed(self) -> dict[str, float]:
-        now, done = time.perf_counter(), max(self.step_done - self._since, 1)
-        seconds = (now - self._clock) / done
-        rows = self.cfg.batch / seconds
-        cuda = self.device.type == "cuda"
-        found = {
-            "step_seconds": seconds,
-            "data_wait": self._waited / max(now - self._clock, 1e-9),
-            "eta_seconds": seconds * (self.cfg.steps - self.step_done),
-            "memory_gib": (torch.cuda.max_memory_allocated() if cuda else _resident()) / 2**30,
-        }
-        found["tokens_per_second" if self.row_tokens else "rows_per_second"] = rows * (self.row_tokens or 1)
-        name = torch.cuda.get_device_name() if cuda else "cpu"
-        used = mfu(rows * self.row_flops / self.me.world, peak_flops(name, self.cfg.precision)) if self.row_flops else None
-        if used is not None:
-            found["mfu"] = used
-        if self._saved is not None:
-            found["checkpoint_age_seconds"] = time.monotonic() - self._saved
-        self._clock, self._waited, self._since = now, 0.0, self.step_done
-        return found
+        self.speed.begin(self.step_done)
 
     def save(self) -> None:
         """Publish a checkpoint of the step just done; with save_async, training goes on while it is written."""
@@ -383,7 +334,7 @@ class Run:
             published=lambda path: log.event("save", step=step, checkpoint=path.name),
             background=self.cfg.save_async,
         )  # fmt: skip
-        self._saved = time.monotonic()
+        self.speed.saved = time.monotonic()
 
     def weights(self) -> dict[str, Tensor]:
         """The newest checkpoint's whole weights by parameter name, on the CPU."""
@@ -400,12 +351,12 @@ class Run:
                     raise
 
     def _stopped(self) -> bool:
-        return bool(self.total[-1] > 0) if self.me.world > 1 else bool(self._stop)
+        return bool(self.total[-1] > 0) if self.me.world > 1 else bool(self.signals.name)
 
     def _leave_by_signal(self) -> None:
         self.save()
         self.settle()
-        name = self._stop or "a signal to another rank"
+        name = self.signals.name or "a signal to another rank"
         self.log.event("signal", signal=name, step=self.step_done)
         if self.me.rank == 0:
             print(f"stopped by {name} after step {self.step_done}, saved; the same command goes on", flush=True)
@@ -434,11 +385,3 @@ def _recorded(out: Path) -> dict[str, Any]:
     if not out.name:
         raise UserError("out (the run directory) is empty: give --out DIR")
     return rundir.read_json(out / "config.json")["config"] if (out / "config.json").exists() else {}
-
-
-def _resident() -> int:
-    """Bytes of this process's resident memory, where /proc tells."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -46,8 +45,8 @@ def remat(module: nn.Module, mode: str) -> None:
 class Lanes:
     """One task and its optimizer under single, ddp, fsdp or hybrid.
 
-    `mine` are the lanes that this process computes, in order; one that is >= `lanes` is run for company (every process of
-    a sharded model takes part in every exchange) and counts for nothing.
+    `mine` are the lanes that this process computes, in order; one that is >= `lanes` is run for company (every process
+    of a sharded model takes part in every exchange) and counts for nothing.
     """
 
     def __init__(self, cfg: Config, launch: Launch, device: torch.device):
@@ -125,7 +124,7 @@ class Lanes:
         if isinstance(self.task, FSDPModule):
             self.task.set_requires_gradient_sync(last)
         elif self.backend:
-            self.task.require_backward_grad_sync = last  # DDP.no_sync, over a whole forward and backward
+            self.task.require_backward_grad_sync = last  # type: ignore  # DDP.no_sync, for forward and backward
 
     def backward(self, loss: Tensor, lane: int, last: bool) -> None:
         """Add a micro-batch's gradients to its lane, and the lane to the tree."""
@@ -136,7 +135,9 @@ class Lanes:
             if lane != self.mine[-1]:  # zeros: the tree inside the reduce-scatter has not yet all lanes
                 self.optimizer.zero_grad()
             return
-        self.tree.push(0, lane, [_local(p.grad) if p.grad is not None else torch.zeros_like(_local(p)) for p in self.params])
+        self.tree.push(
+            0, lane, [_local(p.grad) if p.grad is not None else torch.zeros_like(_local(p)) for p in self.params]
+        )
         self.optimizer.zero_grad()
 
     def step(self, count: Tensor, clip: float) -> Tensor:

@@ -1,7 +1,8 @@
 """zero1, zero2, zero3: DeepSpeed's engine behind the verbs of strategy.Lanes. The only importer of deepspeed.
 
-DeepSpeed reduces gradients in its own way: exact resume on the same number of processes, agreement to rounding otherwise.
-It divides by the world size, clips and zeroes by itself, so the loss is scaled before backward by what makes it a mean.
+DeepSpeed reduces gradients in its own way: exact resume on the same number of processes, agreement to rounding
+otherwise. It divides by the world size, clips and zeroes by itself, so the loss is scaled before backward by what makes
+it a mean.
 """
 
 import logging
@@ -71,7 +72,8 @@ class Zero:
         self.parts = parts
         optimizer = build_optimizer(self.module)
         deepspeed.init_distributed("nccl" if self.device.type == "cuda" else "gloo", verbose=False)
-        self.engine, self.optimizer, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=config)
+        made: Any = deepspeed.initialize(model=self.module, optimizer=optimizer, config=config)
+        self.engine, self.optimizer = made[0], made[1]
         self.names, self.params = map(list, zip(*self.module.named_parameters(), strict=True))
         self._materialise()  # stages 1 and 2 link parameters to moments at the first step of the first group, too early
         return self.engine, self.optimizer
@@ -113,6 +115,7 @@ class Zero:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         found: dict[str, Tensor] = {}
+        full: dict[str, Any]
         for i, (name, p) in enumerate(zip(self.names, self.params, strict=True)):
             full = {f"model/{name}": safe_get_full_fp32_param(p)}
             for k in self._moments():

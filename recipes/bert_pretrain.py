@@ -1,19 +1,21 @@
-"""BERT: masked-LM and next-sentence pre-training. Devlin et al. 2018, https://arxiv.org/abs/1810.04805, section 3.1, appendix A.
+"""BERT pre-training: masked LM, next sentence. Devlin et al. 2018, https://arxiv.org/abs/1810.04805, section 3.1, app. A.
 
     accelerate launch recipes/bert_pretrain.py base --shards 'wiki-{000..511}.tar' --strategy fsdp
 
 and RoBERTa's objective (Liu et al. 2019, https://arxiv.org/abs/1907.11692, section 4): full sentences, no next-sentence
 task. Masks are drawn anew each epoch in both (the paper's code fixed ten).
 
-Departs from the paper: sentencepiece instead of WordPiece; AdamW corrects the bias of its moments; a row's next-sentence
-term is weighted by the row's number of predictions, so that one global count divides both losses; a second half that was
-replaced by a random one is not used elsewhere in that epoch; rows of 512 tokens throughout in `base` and `large`.
+Departs from the paper: sentencepiece instead of WordPiece; AdamW corrects the bias of its moments; a row's
+next-sentence term is weighted by the row's number of predictions, so that one global count divides both losses; a
+second half that was replaced by a random one is not used elsewhere in that epoch; rows of 512 tokens throughout in
+`base` and `large`.
 
 Measured: see docs/bert.md, which the commands named there regenerate.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +42,9 @@ from dltrain.tokenizers.spm import Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Config(dltrain.Config):
-    shards: str = "embedded:docs"  # webdataset pattern, one document per sample (.txt); embedded:docs is on this machine
+    shards: str = (
+        "embedded:docs"  # webdataset pattern, one document per sample (.txt); embedded:docs is on this machine
+    )
     held_out: float = 0.05  # of the documents, chosen by a hash of their key
     tokenizer: str = ""  # sentencepiece model; empty: train one on the shards
     tokenizer_kind: Literal["unigram", "bpe"] = "unigram"
@@ -60,24 +64,22 @@ class Config(dltrain.Config):
     init: str = ""  # folder in Hugging Face's layout to start from
 
 
+LARGE_SCALE = {"precision": "bf16", "row": 512, "dropout": 0.1, "held_out": 0.001, "log_every": 100, "workers": 4}
+BASE = Config(
+    steps=1_000_000, batch=256, micro_batch=32, vocab=30522, lr=1e-4, warmup=10_000, layers=12, width=768, heads=12,
+    save_every=2500, eval_every=10_000, **LARGE_SCALE,
+)  # fmt: skip
 PRESETS = {
     "tiny": Config(steps=3600, log_every=100, eval_every=900, save_every=300),
     "debug": Config(
-        steps=10, batch=24, lanes=4, row=32, vocab=512, width=32, dropout=0.1, warmup=2, log_every=1, save_every=5, eval_every=5,
-        shards="embedded:topics",
+        shards="embedded:topics", steps=10, batch=24, lanes=4, row=32, vocab=512, width=32, dropout=0.1, warmup=2,
+        log_every=1, save_every=5, eval_every=5,
     ),
-    "base": Config(
-        steps=1_000_000, batch=256, micro_batch=32, row=512, vocab=30522, lr=1e-4, warmup=10_000, layers=12, width=768, heads=12,
-        dropout=0.1, held_out=0.001, precision="bf16", log_every=100, save_every=2500, eval_every=10_000, workers=4,
-    ),
-    "large": Config(
-        steps=1_000_000, batch=256, micro_batch=16, row=512, vocab=30522, lr=1e-4, warmup=10_000, layers=24, width=1024, heads=16,
-        dropout=0.1, held_out=0.001, precision="bf16", log_every=100, save_every=2500, eval_every=10_000, workers=4,
-    ),
-    "roberta-base": Config(
-        objective="roberta", tokenizer_kind="bpe", steps=500_000, batch=8192, micro_batch=32, row=512, vocab=50265, lr=6e-4,
-        warmup=24_000, beta2=0.98, clip=0.0, layers=12, width=768, heads=12, dropout=0.1, held_out=0.001, precision="bf16", log_every=100, save_every=1000,
-        eval_every=5000, workers=4,
+    "base": BASE,
+    "large": replace(BASE, micro_batch=16, layers=24, width=1024, heads=16),
+    "roberta-base": replace(
+        BASE, objective="roberta", tokenizer_kind="bpe", steps=500_000, batch=8192, vocab=50265, lr=6e-4, warmup=24_000,
+        beta2=0.98, clip=0.0, save_every=1000, eval_every=5000,
     ),
 }  # fmt: skip
 
@@ -91,7 +93,7 @@ What to try next:
 
 
 class BertRows:
-    """Masked rows of a token store: each is a function of (seed, epoch, row), so masks are dynamic and resume is exact."""
+    """Masked rows of a token store, each a function of (seed, epoch, row): masks are dynamic and resume is exact."""
 
     def __init__(self, cfg: Config, tokenizer: Tokenizer, store: TokenStore, documents: np.ndarray):
         self.cfg, self.tokenizer, self.store = cfg, tokenizer, store
@@ -152,7 +154,7 @@ class BertRows:
         inside = np.unique(ends[: np.searchsorted(ends, last)])
         bounds = [first, *inside.tolist(), last]
         parts = [[self.tokenizer.cls]]
-        for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for begin, end in pairwise(bounds):
             parts += [self.store.span(begin, end), [self.tokenizer.sep]]
         ids = np.concatenate(parts).astype(np.int64)
         return ids, np.zeros_like(ids), 0
@@ -184,7 +186,9 @@ class PretrainBert(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sums over the predicted positions, of which there are batch["count"]."""
         targets_BP = batch["targets_BP"]
-        logits_BPV, next_B2 = self.model(batch["ids_BL"], batch["segments_BL"], batch["lengths_B"], batch["positions_BP"])
+        logits_BPV, next_B2 = self.model(
+            batch["ids_BL"], batch["segments_BL"], batch["lengths_B"], batch["positions_BP"]
+        )
         mlm = ops.cross_entropy(logits_BPV.flatten(0, 1), targets_BP.flatten(), reduction="sum")
         sums = {"loss": mlm, "mlm_loss": mlm, "mlm_accuracy": (logits_BPV.argmax(-1) == targets_BP).sum()}
         if next_B2 is not None:
@@ -198,8 +202,8 @@ class PretrainBert(nn.Module):
 def model_config(cfg: Config) -> BertConfig:
     bert = cfg.objective == "bert"
     return BertConfig(
-        vocab=cfg.vocab, layers=cfg.layers, width=cfg.width, heads=cfg.heads, mlp=4 * cfg.width, positions=max(512, cfg.row),
-        segments=2 if bert else 1, next_sentence=bert, dropout=cfg.dropout,
+        vocab=cfg.vocab, layers=cfg.layers, width=cfg.width, heads=cfg.heads, mlp=4 * cfg.width, dropout=cfg.dropout,
+        positions=max(512, cfg.row), segments=2 if bert else 1, next_sentence=bert,
     )  # fmt: skip
 
 
@@ -255,7 +259,7 @@ def figures_beside(unigram: tuple[float, float], means: dict[str, float]) -> lis
 
 
 def export(cfg: Config, weights: dict[str, Tensor], folder: Path) -> None:
-    """The weights as transformers.BertForPreTraining.from_pretrained(folder) reads them. What `dltrain export` calls."""
+    """What `dltrain export` calls: for transformers.BertForPreTraining.from_pretrained(folder)."""
     state = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     write_huggingface(folder, *to_huggingface(state, model_config(cfg)))
 
@@ -264,7 +268,9 @@ def start(cfg: Config) -> dict[str, Tensor]:
     """Weights from a folder in Hugging Face's layout."""
     theirs, state = from_huggingface(cfg.init)
     ours = model_config(cfg)
-    if differ := [f"{k} is {v} there, {getattr(ours, k)} here" for k, v in vars(theirs).items() if v != getattr(ours, k)]:
+    if differ := [
+        f"{k} is {v} there, {getattr(ours, k)} here" for k, v in vars(theirs).items() if v != getattr(ours, k)
+    ]:
         raise UserError(f"{cfg.init} is of another model: {'; '.join(differ)}")
     return {f"model.{name}": tensor for name, tensor in state.items()}
 

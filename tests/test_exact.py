@@ -25,7 +25,9 @@ def losses(out: Path) -> list[float]:
 
 
 def strategies(names):
-    return [pytest.param(n, marks=[needs_compiler, pytest.mark.compiler] if n.startswith("zero") else []) for n in names]
+    return [
+        pytest.param(n, marks=[needs_compiler, pytest.mark.compiler] if n.startswith("zero") else []) for n in names
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def test_the_world_may_change_at_every_resume(tmp_path, reference):
     out = tmp_path / "run"
     for world, strategy, steps in [(4, "fsdp", 3), (1, "single", 5), (3, "ddp", 8), (2, "fsdp", 10)]:
         got = run(out, world, strategy, steps=steps, eval_every=100)
-    weights, metrics = got
+    weights, _ = got
     assert weights == reference[0]
     rows = [row for row in toy.rows_of(out) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 11))

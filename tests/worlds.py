@@ -1,5 +1,4 @@
-"""Start worlds of processes cheaply: a fork server that has imported torch and dltrain, so that a rank starts in a tenth
-of a second."""
+"""Start worlds of processes cheaply: a fork server that has imported torch and dltrain, so that a rank starts at once."""
 
 import multiprocessing as mp
 import os
@@ -23,7 +22,9 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def launch(world: int, work: Callable[..., Any], *args: Any, local_world: int = 0, env: dict | None = None) -> list[Any]:
+def launch(
+    world: int, work: Callable[..., Any], *args: Any, local_world: int = 0, env: dict | None = None
+) -> list[Any]:
     """Call work(*args) in `world` processes with torchrun's environment; the results in rank order.
 
     Raises Died with the exit codes or the first traceback if one of them does not return.

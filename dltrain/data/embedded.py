@@ -27,9 +27,9 @@ PER_SHARD = 1000  # documents
 def embedded(name: str, cache: Path) -> str:
     """Pattern of shards with documentation that is on this machine, made on first use in `cache`.
 
-    "docs": docstrings of Python's library and of torch, and Python's help topics, about 7 MB of English; "topics": the help
-    topics alone, 0.4 MB. A sample is a run of docstrings of one module, or one topic: .txt, one paragraph a line, and
-    .json, {"module"}. Safe when many processes ask at once. UserError for another name, or if the disk is full.
+    "docs": docstrings of Python's library and of torch, and Python's help topics, about 7 MB of English; "topics": the
+    help topics alone, 0.4 MB. A sample is a run of docstrings of one module, or one topic: .txt, one paragraph a line,
+    and .json, {"module"}. Safe when many processes ask at once. UserError for another name, or if the disk is full.
     """
     torch_version = importlib.metadata.version("torch")
     roots = {}

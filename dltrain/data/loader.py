@@ -28,7 +28,7 @@ class Rows(Protocol):
         """Rows in an epoch."""
         ...
 
-    def batch(self, epoch: np.ndarray, index: np.ndarray) -> Batch:
+    def batch(self, epoch_M: np.ndarray, index_M: np.ndarray, /) -> Batch:
         """int64 [M], [M] -> one micro-batch, of a shape that depends on M alone. Row -1 is padding, weighing nothing.
 
         Includes "count", a 0-d int64: the number of items that sums over this batch will be divided by.

@@ -97,7 +97,7 @@ def conflicts(cfg: Config, world: int, local_world: int) -> list[str]:
     rows = cfg.batch // lanes
     refuse(
         cfg.micro_batch > 0 and cfg.batch % lanes == 0 and rows % cfg.micro_batch != 0,
-        f"the rows of a lane ({cfg.batch} / {lanes} lanes = {rows}) must be a multiple of micro_batch ({cfg.micro_batch})",
+        f"rows of a lane ({cfg.batch} / {lanes} lanes = {rows}) must be a multiple of micro_batch ({cfg.micro_batch})",
     )
     refuse(cfg.strategy == "single" and world > 1, f"strategy single is one process, and {world} were started: use ddp")
     zero = cfg.strategy.startswith("zero")

@@ -156,13 +156,16 @@ class TreeReduceScatter(ReduceScatter):
 def fold_rows(grad: Tensor) -> Tensor:
     """Squares of a gradient summed over each row of dimension 0 -> float64, one value a row.
 
-    By halves and elementwise, so that a row's sum has the same bits however many rows a process holds, on any device
-    (a library's reduction may choose another order for another number of rows).
+    A row's sum must have the same bits however many rows a process holds. torch's sum does that on a CPU, where each of
+    two or more rows is added up by itself, but not on a GPU, whose kernel shares its threads out by the shape: there
+    rows are folded by halves, elementwise.
     """
-    sq = (grad.float() if grad.dtype != torch.float32 else grad).square()
+    sq = grad.float().square()
     if sq.ndim < 2:
         return sq.reshape(-1).double()
     sq = sq.flatten(1)
+    if sq.device.type == "cpu":
+        return (sq if sq.shape[0] != 1 else torch.cat([sq, sq])).sum(1)[: grad.shape[0]].double()
     while (width := sq.shape[1]) > 1:
         half = width // 2
         sq[:, :half] += sq[:, width - half :]

@@ -3,7 +3,6 @@
 The only importer of matplotlib.
 """
 
-import difflib
 import io
 import math
 import re
@@ -28,7 +27,8 @@ def report(out: Path) -> Path:
     """Write `out`/report.html and return its path; also of a run in progress, or one that has logged nothing yet.
 
     Beside what `rundir` lists it shows results.json, which a recipe may write at its end: {"figures": [{"name",
-    "value", "baseline", "better": "lower" or "higher"}], "samples": [{"masked", "filled", "truth"}], "notes": [text]}.
+    "value", "baseline", "better": "lower" or "higher"}], "samples": [{"masked": sentence with a [MASK], "filled": word,
+    "truth": word}], "notes": [text]}.
 
     Raises:
         UserError: where `out` is no run directory, or one of its JSON files is torn.
@@ -80,12 +80,14 @@ def conclude(run: Any, results: Callable[[], dict[str, Any]]) -> None:
 
 def farewell(run: Any, more: str = "") -> None:
     """Say what a finished run has reached, from its results.json, where everything is, and what to try next."""
-    run.say(run.first(lambda: _farewell(Path(run.cfg.out))) + more.format(out=run.cfg.out))
+    before = run.restored.get("step", 0) >= run.cfg.steps
+    run.say(run.first(lambda: _farewell(Path(run.cfg.out), before)) + more.format(out=run.cfg.out))
 
 
-def _farewell(out: Path) -> str:
+def _farewell(out: Path, before: bool) -> str:
     results = rundir.read_json(out / "results.json")
-    lines = ["", "Done. On held-out data, beside the baseline:"]
+    done = "Done before, nothing to do; another --out trains anew." if before else "Done."
+    lines = ["", f"{done} On held-out data, beside the baseline:"]
     for f in results["figures"]:
         verdict = "better" if _beats(f) else "NOT better"
         lines.append(f"  {f['name']:<20} {_number(f['value']):.3f}   baseline {_number(f['baseline']):.3f}   {verdict}")
@@ -118,7 +120,7 @@ def _show(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_show, value)) or "n/a"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return "n/a" if value is None else escape(str(value))
+        return "n/a" if value is None else escape(str(value)) or "none"
     return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
 
 
@@ -192,24 +194,20 @@ def _results(results: Row) -> str:
         f"<div class=scroll><table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>" if rows else ""
     )
     notes = "".join(f"<p class=dim>{escape(str(note))}</p>" for note in results.get("notes", []))
-    samples = "".join(_sample(sample) for sample in results.get("samples", []))
+    samples = _samples(results.get("samples", []))
     return _section("Held-out results", table + notes) + _section("Filled in by the model", samples)
 
 
-def _sample(sample: Row) -> str:
-    masked, filled, truth = (str(sample.get(key, "")) for key in ("masked", "filled", "truth"))
-    lines = {"input": _marked(truth, masked), "model": _marked(masked, filled), "truth": _marked(masked, truth)}
-    return "<dl class=sample>" + "".join(f"<dt>{key}</dt><dd>{text}</dd>" for key, text in lines.items()) + "</dl>"
-
-
-def _marked(other: str, text: str) -> str:
-    """`text`, with the words that are not in `other` marked."""
-    words, parts = text.split(), []
-    for kind, _, _, i, j in difflib.SequenceMatcher(None, other.split(), words, autojunk=False).get_opcodes():
-        if i < j:
-            run = escape(" ".join(words[i:j]))
-            parts.append(run if kind == "equal" else f"<mark>{run}</mark>")
-    return " ".join(parts)
+def _samples(samples: list[Row]) -> str:
+    """Sentences with a hole, what the model puts there, and what had been there."""
+    rows = []
+    for sample in samples:
+        masked, filled, truth = (escape(str(sample.get(key, ""))) for key in ("masked", "filled", "truth"))
+        masked = masked.replace("[MASK]", "<mark>[MASK]</mark>")
+        right = " class=good" if filled == truth else ""
+        rows.append(f"<tr><td class=text>{masked}</td><td{right}>{filled}</td><td>{truth}</td></tr>")
+    head = "<tr><th>held-out sentence<th>the model<th>the truth</tr>"
+    return f"<div class=scroll><table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>" if rows else ""
 
 
 def _charts(metrics: list[Row], speed: list[Row]) -> str:
@@ -272,6 +270,7 @@ def _svg(name: str, curves: list[Curve]) -> str:
         if _is_rate(name):
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _tick(y)))
+        axes.set_xlabel("steps", color=ink, loc="right")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tick(x)))
         axes.tick_params(which="both", colors=ink, length=0)
@@ -383,13 +382,9 @@ thead th { color: var(--dim); font-size: .82rem } .num { text-align: right }
 .num + .good, .num + .bad { padding-left: 1rem } .when, .good, .bad { white-space: nowrap }
 .facts th { color: var(--dim); width: 40%; font-weight: 400 } .narrow { width: auto }
 .narrow td { padding-left: 1.5rem } .facts td, .wrap { overflow-wrap: anywhere }
-pre, .sample dd { font: .85rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace }
+pre, .text { font: .85rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace }
 pre { margin: 0; padding: .8rem 1rem; background: var(--panel); border-radius: 8px; white-space: pre-wrap;
   overflow-wrap: anywhere }
-.sample { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0 0 1rem;
-  padding: .8rem 1rem;
-  background: var(--panel); border-radius: 8px } .sample dt { color: var(--dim); font-size: .85rem }
-.sample dd { margin: 0; overflow-wrap: anywhere }
 mark { background: var(--mark); color: inherit; border-radius: 3px; padding: 0 .15em }
 .lead span { white-space: normal }
 """

@@ -65,6 +65,7 @@ class Run:
         self._agree()
         self._resolve()
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs 2% of a step
         torch.backends.cudnn.benchmark = False
         if not dist.is_initialized() and (self.cfg.strategy not in ("single", "ddp") or self.cfg.precision != "fp32"):
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -190,7 +190,7 @@ def _environment() -> tuple[dict[str, Any], bytes]:
         "packages": {"dltrain": __version__} | {name: _version(name) for name in _PACKAGES},
         "cuda": torch.version.cuda,
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu(),
+        "cpu": cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),  # of torch on a CPU: their number changes the bits
         "gpus": gpus,
@@ -206,7 +206,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu() -> str:
+def cpu() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

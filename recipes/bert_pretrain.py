@@ -1,4 +1,4 @@
-"""BERT pre-training: masked LM, next sentence. Devlin et al. 2018, https://arxiv.org/abs/1810.04805, section 3.1, app. A.
+"""BERT pre-training: masked LM, next sentence. Devlin et al. 2018, https://arxiv.org/abs/1810.04805, section 3.1, A.2.
 
     accelerate launch recipes/bert_pretrain.py base --shards 'wiki-{000..511}.tar' --strategy fsdp
 

@@ -88,7 +88,7 @@ def test_a_finished_run(tmp_path):
         {"name": "accuracy", "value": 0.05, "baseline": 0.06, "better": "higher"},
         {"name": "perplexity", "value": math.nan, "baseline": 400, "better": "lower"},
     ]
-    samples = [{"masked": "the [MASK] of <x>", "filled": "the name of <x>", "truth": "the type of <x>"}]
+    samples = [{"masked": "the [MASK] of <x>", "filled": "<name>", "truth": "type"}]
     rundir.write_json(out / "results.json", {"figures": figures, "samples": samples, "notes": ["214 documents"]})
     page = read(out)
     assert page.tags.count("svg") == 5  # loss, lr, gradient norm, accuracy, tokens/s
@@ -98,7 +98,10 @@ def test_a_finished_run(tmp_path):
     for shown in ("--note '<i>$a_b$'", "<b>&'\"", "0.9, 0.999", "step-000001001.0 MiB", "<script>alert(1)</script>"):
         assert shown in page.text
     assert "step-00000200" not in page.text  # a save under way
-    assert "<mark>name</mark> of &lt;x&gt;" in (out / "report.html").read_text()
+    assert (
+        "the <mark>[MASK]</mark> of &lt;x&gt;</td><td>&lt;name&gt;</td><td>type</td>"
+        in (out / "report.html").read_text()
+    )
 
 
 def test_a_run_in_progress_with_torn_rows(tmp_path):

@@ -1,4 +1,4 @@
-"""Start worlds of processes cheaply: a fork server that has imported torch and dltrain, so that a rank starts at once."""
+"""Start worlds of processes cheaply: from a fork server that has imported torch and dltrain, a rank starts at once."""
 
 import multiprocessing as mp
 import os

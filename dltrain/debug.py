@@ -63,7 +63,7 @@ def checklist(
         with contextlib.redirect_stdout(io.StringIO()):
             task, optimizer = run.prepare(build, optimizer_of)
         seed_step(cfg.seed, 0, 0, 0)
-        loss = float(_mean(task, batch))
+        loss = float(_mean(task, batch).detach())
         line(
             "loss at initialisation is that of chance",
             abs(loss - chance) < 0.1 * chance,
@@ -144,7 +144,7 @@ def _future(task: nn.Module, batch: Batch) -> float:
 def _overfit(task: nn.Module, optimizer: Optimizer, batch: Batch, most: int = 400) -> tuple[float, float, int]:
     """Loss (dropout off) before and after training on one batch alone, until a tenth is left or `most` steps."""
     task.eval()
-    first = last = float(_mean(task, batch))
+    first = last = float(_mean(task, batch).detach())
     for step in range(most):
         optimizer.zero_grad()
         loss = _mean(task, batch)

@@ -18,7 +18,9 @@ def evaluate(run: Run, task: nn.Module, rows: Rows) -> dict[str, float]:
     mine: list[Tensor] = []
     task.eval()
     rounds = -(-len(rows) // (micro * world))
-    for j in range(rank, rounds * world, world):  # as many for every rank: rows -1 are padding and count for nothing
+    for j in run.track(
+        range(rank, rounds * world, world), "evaluating"
+    ):  # as many for every rank: rows -1 are padding and count for nothing
         index_M = np.arange(j * micro, (j + 1) * micro)
         index_M[index_M >= len(rows)] = -1
         batch = rows.batch(np.zeros_like(index_M), index_M)

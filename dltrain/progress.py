@@ -1,4 +1,4 @@
-"""A progress bar on anything that takes over two seconds. The only importer of rich's bars."""
+"""A progress bar on anything that takes over two seconds; inside a run it stands above the run's own bar (log.py)."""
 
 import sys
 import time
@@ -15,7 +15,7 @@ def track(items: Iterable[T], what: str, total: float | None = None) -> Iterator
     """
     if total is None and hasattr(items, "__len__"):
         total = len(items)  # type: ignore[arg-type]
-    if sys.stderr.isatty():
+    if sys.stdout.isatty():
         yield from _bar(items, what, total)
         return
     shown = time.monotonic() - 8.0  # the first line after two seconds
@@ -27,11 +27,11 @@ def track(items: Iterable[T], what: str, total: float | None = None) -> Iterator
 
 
 def _bar(items: Iterable[T], what: str, total: float | None) -> Iterator[T]:
-    from rich.console import Console
+    import rich
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=rich.get_console(), transient=True) as bar:
         task = bar.add_task(what, total=total)
         for item in items:
             yield item

@@ -16,9 +16,10 @@ import dataclasses
 import datetime
 import os
 import sys
+import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +34,7 @@ from dltrain.data.loader import Loader, Rows
 from dltrain.errors import UserError
 from dltrain.lanes import all_gather
 from dltrain.log import Log, NullLog
+from dltrain.progress import track
 from dltrain.seeds import seed_step
 from dltrain.signals import Signals
 from dltrain.speed import Speed
@@ -68,7 +70,7 @@ class Run:
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs 2% of a step
         torch.backends.cudnn.benchmark = False
         if not dist.is_initialized() and (self.cfg.strategy not in ("single", "ddp") or self.cfg.precision != "fp32"):
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(self._backend(), store=dist.HashStore(), rank=0, world_size=1)
         self.group: Any = dist.new_group(backend="gloo") if self.me.world > 1 else None  # of CPU tensors and objects
         self.signals = Signals(say=self.me.rank == 0)
         self.speed = Speed(self.device, self.me.world, self.cfg.precision)
@@ -91,14 +93,16 @@ class Run:
     # --- start ---------------------------------------------------------------------------------------------------
 
     def _join(self) -> None:
-        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(
-            backend,
+            self._backend(),
             init_method=f"tcp://{self.me.master}" if self.me.by == "slurm" else "env://",
             rank=self.me.rank,
             world_size=self.me.world,
             timeout=datetime.timedelta(minutes=10),
         )
+
+    def _backend(self) -> str:
+        return "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
 
     def _agree(self) -> None:
         """Ranks that were started with different commands must not train together."""
@@ -143,6 +147,10 @@ class Run:
         if self.me.rank == 0:
             print(text, flush=True)
 
+    def track(self, items: Sequence[T], what: str) -> Iterable[T]:
+        """`items`, with a progress bar on rank 0."""
+        return track(items, what) if self.me.rank == 0 else items
+
     def _gather(self, value: Any) -> list[Any]:
         if self.me.world == 1:
             return [value]
@@ -175,12 +183,17 @@ class Run:
         return self.task, self.optimizer
 
     def _open(self) -> None:
-        out = Path(self.cfg.out)
+        out, recipe = Path(self.cfg.out), config.recipe_name(self.cfg)
+        settled = dataclasses.asdict(self.cfg) | {"threads": self.threads}
+        processes = f"{self.me.world} process{'es' if self.me.world > 1 else ''} by {self.me.by}"
+        print(f"{recipe}  config {config.digest(rundir.plain(settled))}  {self.device.type}, {processes}")
+        fields = "  ".join(f"{k}={v}" for k, v in settled.items())
+        print(
+            textwrap.fill(fields, 118, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False), flush=True
+        )
+        command = [sys.executable, *sys.argv]
         try:
-            settled = dataclasses.asdict(self.cfg) | {"threads": self.threads}
-            rundir.describe(
-                out, recipe=config.recipe_name(self.cfg), config=settled, command=[sys.executable, *sys.argv]
-            )
+            rundir.describe(out, recipe=recipe, config=settled, command=command)
         except OSError as error:
             raise UserError(f"{out} cannot be written ({error.strerror}): choose another --out") from None
         if 0 < self.before.get("lanes", -1) < self.cfg.lanes:

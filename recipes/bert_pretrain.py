@@ -246,7 +246,8 @@ def fill_in(cfg: Config, weights: dict[str, Tensor], unseen: BertRows, wanted: i
         )
         guess = int(logits_BPV[0, 0].argmax())
         masked = tokenizer.decode(ids_BL[0, 1:-1].tolist())
-        found.append({"masked": masked, "filled": tokenizer.decode([guess]), "truth": tokenizer.decode([truth])})
+        answer, right = (tokenizer.piece(t).removeprefix("\u2581") for t in (guess, truth))
+        found.append({"masked": masked, "filled": answer, "truth": right})
     return found
 
 

@@ -1,6 +1,7 @@
 """Start recipes as their users do: real processes, of which a test reads exit code, standard error and files."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from worlds import free_port
 ROOT = Path(__file__).resolve().parents[1]
 BERT = ROOT / "recipes/bert_pretrain.py"
 PYTHON = (sys.executable,)
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--master-port=0")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
 # No launcher's variables, nor a number of threads: a recipe must give the same bits whatever these are.
 OTHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "ACCELERATE_", "FSDP_", "OMP_", "PMI_", "DS_")
@@ -23,20 +24,25 @@ def environment(**more: object) -> dict[str, str]:
 
 
 def start(
-    *args: object, by: tuple[object, ...] = PYTHON, recipe: tuple[object, ...] = (BERT,), cwd: Path = ROOT, **env: object
+    *args: object,
+    by: tuple[object, ...] = PYTHON,
+    recipe: tuple[object, ...] = (BERT,),
+    cwd: Path = ROOT,
+    **env: object,
 ) -> subprocess.Popen[str]:
     """The recipe with `args` under a launcher, not waited for."""
     command = [str(part) for part in (*by, *recipe, *args)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=cwd, env=environment(**env), stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(command, cwd=cwd, env=environment(**env), stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 100) -> tuple[int, str, str]:
     """Exit code, standard output and standard error."""
     try:
         out, err = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # a launcher's children too
+        raise
     return process.returncode, out, err
 
 

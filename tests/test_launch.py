@@ -247,7 +247,9 @@ def by_accelerate(path: Path) -> tuple[object, ...]:
 def toy_train(tmp_path) -> Path:
     """A recipe that takes no time."""
     path = tmp_path / "toy_train.py"
-    path.write_text(f"import sys\nsys.path.insert(0, {TESTS!r})\nimport dltrain, toy\ndltrain.cli(toy.train, toy.Config)\n")
+    path.write_text(
+        f"import sys\nsys.path.insert(0, {TESTS!r})\nimport dltrain, toy\ndltrain.cli(toy.train, toy.Config)\n"
+    )
     return path
 
 

@@ -53,7 +53,10 @@ def test_the_reference_is_one_whole_run(short):
     [
         ((*commands.TORCHRUN, "--nproc-per-node=2"), 2),
         ((*commands.ACCELERATE, "--multi_gpu", "--num_processes=2", "--main_process_port=0"), 2),
-        ((*commands.ACCELERATE, "--cpu", "--num_processes=2"), 1),  # accelerate starts one: it leaves the rest to mpirun
+        (
+            (*commands.ACCELERATE, "--cpu", "--num_processes=2"),
+            1,
+        ),  # accelerate starts one: it leaves the rest to mpirun
     ],
     ids=["torchrun", "accelerate", "accelerate-cpu"],
 )
@@ -94,7 +97,7 @@ def test_help_in_under_two_seconds():
     def seconds() -> float:
         used = functools.partial(resource.getrusage, resource.RUSAGE_CHILDREN)
         before = used()
-        command = [*commands.PYTHON, commands.BERT, "--help"]
+        command = [*commands.PYTHON, str(commands.BERT), "--help"]
         done = subprocess.run(command, env=commands.environment(OMP_NUM_THREADS=1), capture_output=True, text=True)
         assert done.returncode == 0 and "--shards" in done.stdout
         return used().ru_utime + used().ru_stime - before.ru_utime - before.ru_stime

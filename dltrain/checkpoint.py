@@ -79,7 +79,7 @@ def save(
         result, failure = None, 0
         try:
             result = work()
-        except Exception as error:
+        except (Exception, dcp.CheckpointException) as error:  # DCP's is not an Exception
             if (cause := _os_error(error)) is None:
                 raise
             failure = cause.errno or errno.EIO

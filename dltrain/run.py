@@ -98,7 +98,7 @@ class Run:
             init_method=f"tcp://{self.me.master}" if self.me.by == "slurm" else "env://",
             rank=self.me.rank,
             world_size=self.me.world,
-            timeout=datetime.timedelta(minutes=10),
+            timeout=datetime.timedelta(minutes=30),
         )
 
     def _backend(self) -> str:

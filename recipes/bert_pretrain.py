@@ -88,7 +88,7 @@ NEXT = """
 What to try next:
   open {out}/report.html in a browser
   dltrain export {out} bert-hf     for transformers.BertForPreTraining.from_pretrained("bert-hf")
-  accelerate launch --num_processes 2 recipes/bert_pretrain.py tiny --out runs/two
+  torchrun --nproc_per_node 2 recipes/bert_pretrain.py tiny --out runs/two
   python recipes/bert_pretrain.py tiny --debug     a checklist for when something is off"""
 
 

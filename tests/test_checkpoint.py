@@ -87,8 +87,6 @@ DAMAGES = [
     ("manifest.json", cut, "manifest.json or state.json cannot be read"),
     ("manifest.json", Path.unlink, "manifest.json is missing"),
     ("manifest.json", lambda path: path.write_bytes(b""), "manifest.json or state.json cannot be read"),
-    ("manifest.json", lambda path: path.write_bytes(b"[]"), "manifest.json"),
-    ("manifest.json", lambda path: path.write_bytes(b"{}"), ""),
 ]
 
 

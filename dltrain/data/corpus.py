@@ -1,5 +1,6 @@
 """From a pattern of text shards to a tokenizer and tokens, both made once and kept in the cache."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -36,4 +37,5 @@ def tokenised(
         tokenizer = spm.load(built(place, train) / "tokenizer.model")
     if tokenizer.vocab_size != vocab:
         raise UserError(f"tokenizer {model} has {tokenizer.vocab_size} tokens, --vocab is {vocab}: make them equal")
-    return tokenizer, tokenise(shards, tokenizer, cache, longest=longest)
+    processes = min(os.cpu_count() or 1, 1 + len(shards) // 20_000)  # starting one takes seconds
+    return tokenizer, tokenise(shards, tokenizer, cache, processes, longest)

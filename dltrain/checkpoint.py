@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dltrain.errors import UserError
+from dltrain.files import sync, write_atomic
 
 FORMAT = 1
 T = TypeVar("T")
@@ -62,14 +63,14 @@ def save(
         if not first:
             return
         state = json.dumps({"format": FORMAT, "step": step, **info}, indent=1).encode()
-        _write(temp / "state.json", state)
+        write_atomic(temp / "state.json", state)
         files["state.json"] = {"bytes": len(state), "sha256": hashlib.sha256(state).hexdigest()}
-        _write(temp / "manifest.json", json.dumps(files, indent=1, sort_keys=True).encode())
-        _sync_folder(temp)
+        write_atomic(temp / "manifest.json", json.dumps(files, indent=1, sort_keys=True).encode())
+        sync(temp)
         if final.exists():  # an unusable one of the same step
             shutil.rmtree(final)
         os.rename(temp, final)
-        _sync_folder(folder)
+        sync(folder)
         published(final)
         for old in steps(folder)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -239,18 +240,3 @@ def _owner(name: str) -> int:
 def _digest(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -174,7 +174,7 @@ def cli(main: Callable[[Any], None], config: type[C], presets: Mapping[str, C] |
             parse(config, presets or {"default": config()}, recipe, sys.argv[1:], (module.__doc__ or "").split("\n")[0])
         )
     except UserError as error:
-        if not getattr(error, "told", False):
+        if not error.told:
             print(f"{recipe}: {error}", file=sys.stderr, flush=True)
         leave(2)
     except KeyboardInterrupt:

@@ -3,3 +3,5 @@
 
 class UserError(ValueError):
     """What is wrong, which file or number, what to do: one line, without a traceback."""
+
+    told = False  # another process prints it

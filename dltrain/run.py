@@ -13,15 +13,14 @@ The only object that knows a rank. A loop is the recipe's own; these verbs make 
 """
 
 import dataclasses
-import datetime
 import os
 import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,17 +33,16 @@ from dltrain.data.loader import Loader, Rows
 from dltrain.errors import UserError
 from dltrain.lanes import all_gather
 from dltrain.log import Log, NullLog
-from dltrain.progress import track
 from dltrain.seeds import seed_step
 from dltrain.signals import Signals
 from dltrain.speed import Speed
 from dltrain.strategy import Lanes
+from dltrain.world import World
 
-T = TypeVar("T")
 STOPPED = 75  # exit code of a run that a signal stopped and that can go on: EX_TEMPFAIL of sysexits.h
 
 
-class Run:
+class Run(World):
     """One launch of a run. `cfg` is resolved on entry: out, lanes, strategy and precision are what will be used.
 
     Raises:
@@ -53,25 +51,22 @@ class Run:
     """
 
     def __init__(self, cfg: Config):
+        super().__init__()
         self.cfg = launch.honour(cfg, os.environ)
-        self.me = launch.detect(os.environ)
         self.step_done = 0  # optimizer steps that are in the weights
         self.loader: Loader | None = None
         self._saving: threading.Thread | None = None
         self._saved_step = -1
 
     def __enter__(self) -> "Run":
-        self.device = _device(self.me)
-        if self.me.world > 1:
-            self._join()
-        self._agree()
+        self.join()
+        self.agree(self.cfg)
         self._resolve()
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs 2% of a step
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore  # a debugging aid, 2% of a step
         torch.backends.cudnn.benchmark = False
-        if not dist.is_initialized() and (self.cfg.strategy not in ("single", "ddp") or self.cfg.precision != "fp32"):
-            dist.init_process_group(self._backend(), store=dist.HashStore(), rank=0, world_size=1)
-        self.group: Any = dist.new_group(backend="gloo") if self.me.world > 1 else None  # of CPU tensors and objects
+        if self.cfg.strategy not in ("single", "ddp") or self.cfg.precision != "fp32":
+            self.join_alone()
         self.signals = Signals(say=self.me.rank == 0)
         self.speed = Speed(self.device, self.me.world, self.cfg.precision)
         self.log = NullLog()
@@ -90,73 +85,13 @@ class Run:
             sys.excepthook(kind, error, trace)  # type: ignore[arg-type]
             config.leave(1)  # the others may wait for this one in a collective: do not wait for them
 
-    # --- start ---------------------------------------------------------------------------------------------------
-
-    def _join(self) -> None:
-        dist.init_process_group(
-            self._backend(),
-            init_method=f"tcp://{self.me.master}" if self.me.by == "slurm" else "env://",
-            rank=self.me.rank,
-            world_size=self.me.world,
-            timeout=datetime.timedelta(minutes=30),
-        )
-
-    def _backend(self) -> str:
-        return "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-
-    def _agree(self) -> None:
-        """Ranks that were started with different commands must not train together."""
-        mine = {k: repr(v) for k, v in dataclasses.asdict(self.cfg).items()} | {"recipe": config.recipe_name(self.cfg)}
-        for rank, theirs in enumerate(self._gather(mine)):
-            if different := [k for k in mine if theirs.get(k) != mine[k]]:
-                k = different[0]
-                raise UserError(
-                    f"ranks disagree on {', '.join(different)}: {k} is {mine[k]} on rank {self.me.rank} "
-                    f"and {theirs.get(k)} on rank {rank}; start all with the same command"
-                )
-
     def _resolve(self) -> None:
         self.before = self.first(lambda: _recorded(Path(self.cfg.out)))
         try:
             self.cfg, self.threads = config.settle(self.cfg, self.me.world, self.me.local_world, self.before)
         except UserError as error:
-            raise _told(error, self.me.rank) from None
+            raise self.alike(error) from None
         torch.set_num_threads(self.threads)  # launchers set it differently
-
-    def first(self, work: Callable[[], T]) -> T:
-        """Let rank 0 do it and give all the result; its error comes to all, printed once."""
-        answer: list[Any] = [None, None]
-        if self.me.rank == 0:
-            try:
-                answer[0] = work()
-            except UserError as error:
-                answer[1] = str(error)
-        if self.me.world > 1:
-            dist.broadcast_object_list(answer, src=0)
-        if answer[1] is not None:
-            raise _told(UserError(answer[1]), self.me.rank)
-        return answer[0]
-
-    def everywhere(self, work: Callable[[], T]) -> T:
-        """Do it on rank 0, which leaves something in a cache, then on all."""
-        self.first(lambda: work() and None)
-        return work()
-
-    def say(self, text: str) -> None:
-        """Print it once."""
-        if self.me.rank == 0:
-            print(text, flush=True)
-
-    def track(self, items: Sequence[T], what: str) -> Iterable[T]:
-        """`items`, with a progress bar on rank 0."""
-        return track(items, what) if self.me.rank == 0 else items
-
-    def _gather(self, value: Any) -> list[Any]:
-        if self.me.world == 1:
-            return [value]
-        everyone: list[Any] = [None] * self.me.world
-        dist.all_gather_object(everyone, value)
-        return everyone
 
     # --- the task, its data, its past ----------------------------------------------------------------------------
 
@@ -375,23 +310,6 @@ class Run:
         if self.me.rank == 0:
             print(f"stopped by {name} after step {self.step_done}, saved; the same command goes on", flush=True)
         raise SystemExit(130 if name == "SIGINT" else STOPPED)
-
-
-def _told(error: UserError, rank: int) -> UserError:
-    """An error that all ranks have alike is printed by rank 0."""
-    error.told = rank != 0  # type: ignore[attr-defined]
-    return error
-
-
-def _device(me: launch.Launch) -> torch.device:
-    wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
-    if not torch.cuda.is_available() or wants_cpu or os.environ.get("DLTRAIN_DEVICE") == "cpu":
-        return torch.device("cpu")
-    if me.local_rank >= torch.cuda.device_count():
-        raise UserError(f"local rank {me.local_rank} has no GPU: this node has {torch.cuda.device_count()}")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic cuBLAS asks for
-    torch.cuda.set_device(me.local_rank)
-    return torch.device("cuda", me.local_rank)
 
 
 def _recorded(out: Path) -> dict[str, Any]:

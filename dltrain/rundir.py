@@ -24,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dltrain import __version__
+from dltrain import __version__, files
 from dltrain.config import digest
 from dltrain.errors import UserError
 
@@ -55,21 +55,8 @@ def require_space(out: Path, needed: int) -> None:
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace `path` by `content`, wholly or not at all, whenever the machine dies. Raises UserError on a full disk."""
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        with saving(path), beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
+    with saving(path):
+        files.write_atomic(path, content)
 
 
 def encode(value: Any, indent: int | None = None) -> str:

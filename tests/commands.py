@@ -33,7 +33,9 @@ def start(
     """The recipe with `args` under a launcher, not waited for."""
     command = [str(part) for part in (*by, *recipe, *args)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=cwd, env=environment(**env), stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment(**env), stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 100) -> tuple[int, str, str]:

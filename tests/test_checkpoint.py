@@ -164,7 +164,12 @@ def test_a_disk_that_does_not_take_it(tmp_path, monkeypatch, background, code):
             thread = checkpoint.save(tmp_path, 2, tensors(2), {}, keep=1, background=background)
             if thread is not None:
                 thread.join()
-    for part in ("step 2 could not be saved", str(tmp_path), os.strerror(code), "the newest checkpoint is step-00000001"):
+    for part in (
+        "step 2 could not be saved",
+        str(tmp_path),
+        os.strerror(code),
+        "the newest checkpoint is step-00000001",
+    ):
         assert part in str(error.value)
     assert ("free some space" in str(error.value)) == (code == errno.ENOSPC)
     assert "\n" not in str(error.value)

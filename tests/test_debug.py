@@ -157,7 +157,14 @@ def verdicts(capsys, task: type[nn.Module], chance: float = math.log(V), causal:
     options: dict[str, Callable] = {"decode": decode} if decode else {}
     try:
         checklist(
-            Config(out="unused"), task, adamw(3e-3, decay=0.0), constant(), Rows(), chance=chance, causal=causal, **options
+            Config(out="unused"),
+            task,
+            adamw(3e-3, decay=0.0),
+            constant(),
+            Rows(),
+            chance=chance,
+            causal=causal,
+            **options,
         )
     except SystemExit as exit:
         code = exit.code
@@ -171,7 +178,9 @@ def failed(found: dict[str, bool]) -> set[str]:
 
 def test_a_good_task_passes(capsys):
     found, code = verdicts(capsys, Good)
-    assert found == dict.fromkeys(["a row as the model sees it", CHANCE, GRADIENTS, ROWS, FUTURE, OVERFITS, SAME, RESUME], True)
+    assert found == dict.fromkeys(
+        ["a row as the model sees it", CHANCE, GRADIENTS, ROWS, FUTURE, OVERFITS, SAME, RESUME], True
+    )
     assert code == 0
 
 

@@ -17,11 +17,12 @@ __main__ report debug
 loop
 evaluation
 run
+world
 strategy zero lanes initial checkpoint log rundir speed signals meter launch config
 data | models | optim schedules
 ops
 kernels | tokenizers
-progress errors seeds
+progress errors seeds files
 """
 
 # The modules that may import each library; torch and numpy are everywhere but where NONE_OF says.

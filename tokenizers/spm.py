@@ -8,7 +8,6 @@ SHA-256 of the text it was trained on, and the version of sentencepiece. Equal t
 import hashlib
 import io
 import json
-import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dltrain.errors import UserError
+from dltrain.files import write_atomic
 from dltrain.progress import track
 
 SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}  # numbers 0 ... 4
@@ -168,14 +168,7 @@ def _explained(error: BaseException, model: Path, vocab: int) -> Exception:
 
 
 def _publish(path: Path, content: bytes) -> None:
-    temp = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temp, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temp.rename(path)
+        write_atomic(path, content)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; free the disk or choose another folder") from error
-    finally:
-        temp.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dltrain.errors import UserError
+from dltrain.files import sync
 
 
 def cache_dir() -> Path:
@@ -65,12 +66,3 @@ def built(folder: Path, build: Callable[[Path], None]) -> Path:
             f"cannot write {folder}: {error.strerror or error}; free the disk or set DLTRAIN_CACHE to another folder"
         ) from error
     return folder
-
-
-def sync(path: Path) -> None:
-    """Have the file or folder on the disk, not on its way there."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dltrain.errors import UserError
+from dltrain.files import sync
 from dltrain.models.bert import BertConfig, BertPretraining
 
 # BertConfig's field -> the key in config.json. Both sides have the same defaults, so that keys may be absent.
@@ -111,9 +112,9 @@ def write_huggingface(folder: Path | str, tensors: dict[str, Tensor], config: di
             tensors, beside / "model.safetensors", metadata={"format": "pt"}
         )  # the metadata transformers asks for
         for path in (beside / "config.json", beside / "model.safetensors", beside):
-            _fsync(path)
+            sync(path)
         beside.rename(folder)
-        _fsync(folder.parent)
+        sync(folder.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot write: {error}") from error
     finally:
@@ -171,11 +172,3 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return load_file(folder / "model.safetensors"), config
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / 'model.safetensors'} is damaged: {error}") from error
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

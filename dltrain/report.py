@@ -5,7 +5,9 @@ The only importer of matplotlib.
 
 import io
 import math
+import os
 import re
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from html import escape
@@ -81,12 +83,15 @@ def conclude(run: Any, results: Callable[[], dict[str, Any]]) -> None:
 def farewell(run: Any, more: str = "") -> None:
     """Say what a finished run has reached, from its results.json, where everything is, and what to try next."""
     before = run.restored.get("step", 0) >= run.cfg.steps
-    run.say(run.first(lambda: _farewell(Path(run.cfg.out), before)) + more.format(out=run.cfg.out))
+    run.say(
+        run.first(lambda: _farewell(Path(run.cfg.out), before))
+        + more.format(out=run.cfg.out, python=os.path.relpath(sys.executable), script=sys.argv[0])
+    )
 
 
 def _farewell(out: Path, before: bool) -> str:
     results = rundir.read_json(out / "results.json")
-    done = "Done before, nothing to do; another --out trains anew." if before else "Done."
+    done = "Done. It was before this launch: give another --out to train anew." if before else "Done."
     lines = ["", f"{done} On held-out data, beside the baseline:"]
     for f in results["figures"]:
         verdict = "better" if _beats(f) else "NOT better"

@@ -57,6 +57,7 @@ class Run(World):
         self.loader: Loader | None = None
         self._saving: threading.Thread | None = None
         self._saved_step = -1
+        self.window: Tensor | None = None  # sums and count since the last report
 
     def __enter__(self) -> "Run":
         self.join()
@@ -151,6 +152,8 @@ class Run(World):
         self.strategy.loaded(tensors)
         self.strategy.restore(self.restored["strategy"])
         self.step_done = self._saved_step = self.restored["step"]
+        if self.restored["window"] is not None:
+            self.window = torch.tensor(self.restored["window"], dtype=torch.float64, device=self.device)
 
     def _start_log(self) -> None:
         resumed = self.step_done if self.restored else None
@@ -215,6 +218,7 @@ class Run(World):
     def step(self) -> Tensor:
         """Combine the lanes, divide once by the global count, clip, update. Returns the gradient's norm."""
         self.total = self._add_lanes([self.sums[lane] for lane in self.strategy.mine])
+        self.window = self.total[:-1] if self.window is None else self.window + self.total[:-1]
         norm = self.strategy.step(self.total[-2], self.cfg.clip)
         self.step_done += 1
         self.log.tick(self.step_done)
@@ -233,8 +237,9 @@ class Run(World):
         return everyone[[where[lane] for lane in range(n)]].sum(0)
 
     def means(self) -> dict[str, float]:
-        """The last step's sums over its global count: waits for the device."""
-        values = (self.total[:-2] / self.total[-2]).tolist()
+        """The sums since the last call over their global count: waits for the device."""
+        assert self.window is not None
+        values, self.window = (self.window[:-1] / self.window[-1]).tolist(), None
         return dict(zip(self.names, values, strict=True))
 
     def due(self, every: int) -> bool:
@@ -248,7 +253,7 @@ class Run(World):
         self.speed.row_flops, self.speed.row_tokens = flops, tokens
 
     def report(self, **values: Any) -> None:
-        """Log the last step: its means, and `values` (numbers or 0-d tensors)."""
+        """Log the means since the last report, and `values` (numbers or 0-d tensors) of the step just done."""
         numbers = self.means() | {k: float(v) for k, v in values.items()}
         samples = self.step_done * self.cfg.batch
         numbers |= {"samples": samples} | ({"tokens": samples * self.speed.row_tokens} if self.speed.row_tokens else {})
@@ -275,6 +280,7 @@ class Run(World):
         info = {
             "strategy": self.strategy.state(),
             "data": self.loader.state(self.step_done) if self.loader else {},
+            "window": self.window if self.window is None else self.window.tolist(),
             "written_by": {"strategy": self.cfg.strategy, "world": self.me.world, "torch": torch.__version__},
         }
         step, log = self.step_done, self.log

@@ -7,8 +7,8 @@ task. Masks are drawn anew each epoch in both (the paper's code fixed ten).
 
 Departs from the paper: sentencepiece instead of WordPiece; AdamW corrects the bias of its moments; a row's
 next-sentence term is weighted by the row's number of predictions, so that one global count divides both losses; a
-second half that was replaced by a random one is not used elsewhere in that epoch; rows of 512 tokens throughout in
-`base` and `large`.
+second half that was replaced is not used elsewhere in that epoch, and what replaces it is of about its length, or the
+length would tell; rows of 512 tokens throughout in `base` and `large`.
 
 Measured: see docs/bert.md, which the commands named there regenerate.
 """
@@ -87,9 +87,9 @@ PRESETS = {
 NEXT = """
 What to try next:
   open {out}/report.html in a browser
-  dltrain export {out} bert-hf     for transformers.BertForPreTraining.from_pretrained("bert-hf")
-  torchrun --nproc_per_node 2 recipes/bert_pretrain.py tiny --out runs/two
-  python recipes/bert_pretrain.py tiny --debug     a checklist for when something is off"""
+  {python} -m dltrain export {out} bert-hf     # for transformers.BertForPreTraining.from_pretrained("bert-hf")
+  {python} -m torch.distributed.run --nproc_per_node 2 {script} tiny --out runs/two
+  {python} {script} tiny --debug     # a checklist for when something is off"""
 
 
 class BertRows:
@@ -133,19 +133,25 @@ class BertRows:
         """[CLS] A [SEP] B [SEP]: B goes on after A (0), or half of the time comes from another document (1)."""
         first, last = self.chunks_N2[row]
         cut = int(random.integers(first + 1, last)) if last - first > 1 else last
-        a = self.store.span(first, cut)
-        if cut < last and random.random() < 0.5:
-            b, label = self.store.span(cut, last), 0
-        else:
-            other = int(random.integers(len(self)))
-            while self.documents_N[other] == self.documents_N[row]:
-                other = int(random.integers(len(self)))
-            b, label = self.store.span(*self.chunks_N2[other]), 1
-        cls, sep = self.tokenizer.cls, self.tokenizer.sep
-        a = a[: self.cfg.row - 4]  # leaves B a token
+        a = self.store.span(first, cut)[: self.cfg.row - 4]  # leaves B a token
+        b, label = self.store.span(cut, last), 0
+        if cut == last or random.random() < 0.5:
+            b, label = self.second_half(row, len(b) or self.cfg.row - 3 - len(a), random), 1
         b = b[: self.cfg.row - 3 - len(a)]
-        ids = np.concatenate([[cls], a, [sep], b, [sep]]).astype(np.int64)
+        ids = np.concatenate([[self.tokenizer.cls], a, [self.tokenizer.sep], b, [self.tokenizer.sep]]).astype(np.int64)
         return ids, np.repeat([0, 1], [len(a) + 2, len(b) + 1]), label
+
+    def second_half(self, row: int, tokens: int, random: np.random.Generator) -> np.ndarray:
+        """Of 64 second halves from other documents the nearest in length, or the length alone would give it away."""
+        other_K = random.integers(len(self), size=64)
+        while (self.documents_N[other_K] == self.documents_N[row]).all():
+            other_K = random.integers(len(self), size=64)
+        first_K, last_K = self.chunks_N2[other_K[self.documents_N[other_K] != self.documents_N[row]]].T
+        cut_K = random.integers(first_K + (last_K - first_K > 1), last_K)
+        ends = self.store.sentence_ends
+        length_K = ends[last_K - 1] - np.where(cut_K > 0, ends[cut_K - 1], 0)
+        best = np.abs(length_K - tokens).argmin()
+        return self.store.span(cut_K[best], last_K[best])
 
     def full_sentences(self, row: int) -> tuple[np.ndarray, np.ndarray, int]:
         """[CLS] sentences [SEP], with a [SEP] where a document ends inside (RoBERTa, section 4.2)."""
@@ -227,7 +233,7 @@ def unigram(cfg: Config, unseen: BertRows) -> tuple[float, float]:
 
 @torch.no_grad()
 def fill_in(cfg: Config, weights: dict[str, Tensor], unseen: BertRows, wanted: int = 5) -> list[dict[str, str]]:
-    """A word of a held-out sentence masked, and what the model puts there."""
+    """A word of a held-out sentence masked, and the three that the model would put there."""
     task = PretrainBert(model_config(cfg)).eval()
     task.load_state_dict(weights)
     tokenizer, store, found = unseen.tokenizer, unseen.store, []
@@ -235,7 +241,9 @@ def fill_in(cfg: Config, weights: dict[str, Tensor], unseen: BertRows, wanted: i
         sentence = next((s for i in range(first, last) if 8 <= len(s := store.span(i, i + 1)) <= 24), None)
         if sentence is None or len(found) == wanted:
             continue
-        words = [i for i, t in enumerate(sentence) if len(tokenizer.piece(t)) > 4 and tokenizer.piece(t)[0] == "\u2581"]
+        pieces = [tokenizer.piece(t) for t in sentence]
+        whole = [i for i in range(len(pieces) - 1) if pieces[i][0] == pieces[i + 1][0] == "\u2581"]
+        words = [i for i in whole if len(pieces[i]) > 4]
         if not words:
             continue
         at = words[len(words) // 2]
@@ -244,10 +252,11 @@ def fill_in(cfg: Config, weights: dict[str, Tensor], unseen: BertRows, wanted: i
         logits_BPV, _ = task.model(
             ids_BL, torch.zeros_like(ids_BL), torch.tensor([ids_BL.shape[1]]), torch.tensor([[at + 1]])
         )
-        guess = int(logits_BPV[0, 0].argmax())
+        best, right = (
+            [tokenizer.piece(t).removeprefix("\u2581") for t in ts] for ts in (logits_BPV[0, 0].topk(3)[1], [truth])
+        )
         masked = tokenizer.decode(ids_BL[0, 1:-1].tolist())
-        answer, right = (tokenizer.piece(t).removeprefix("\u2581") for t in (guess, truth))
-        found.append({"masked": masked, "filled": answer, "truth": right})
+        found.append({"masked": masked, "filled": ", ".join(best), "truth": right[0]})
     return found
 
 

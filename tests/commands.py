@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from worlds import free_port
 
@@ -48,30 +49,30 @@ def finish(process: subprocess.Popen[str], timeout: float = 100) -> tuple[int, s
     return process.returncode, out, err
 
 
-def run(*args: object, code: int = 0, **how: object) -> tuple[str, str]:
+def run(*args: object, code: int = 0, **how: Any) -> tuple[str, str]:
     """The recipe to its end, which must be `code`: standard output and standard error."""
-    got, out, err = finish(start(*args, **how))  # type: ignore[arg-type]
+    got, out, err = finish(start(*args, **how))
     assert got == code, f"exit code {got}\n{out[-2000:]}\n{err[-4000:]}"
     return out, err
 
 
-def refused(*args: object, **how: object) -> str:
+def refused(*args: object, **how: Any) -> str:
     """A user's mistake: exit code 2 and one line on standard error, which is returned."""
     _, err = run(*args, code=2, **how)
     assert err.count("\n") == 1 and err.startswith("bert_pretrain: "), err
     return err
 
 
-def slurm(world: int, rank: int, port: int, **more: object) -> dict[str, object]:
+def slurm(world: int, rank: int, port: int) -> dict[str, Any]:
     """What srun sets for one task of a step on one node; no MASTER_ADDR."""
     return {
         "SLURM_JOB_ID": 7, "SLURM_STEP_ID": 0, "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NODEID": 0,
         "SLURM_STEP_NUM_TASKS": world, "SLURM_STEP_TASKS_PER_NODE": world, "SLURM_STEP_NODELIST": "localhost",
-        "MASTER_PORT": port, **more,
+        "MASTER_PORT": port,
     }  # fmt: skip
 
 
-def srun(world: int, *args: object) -> list[subprocess.Popen[str]]:
+def srun(world: int, *args: object, cwd: Path = ROOT) -> list[subprocess.Popen[str]]:
     """`world` processes as srun starts them."""
     port = free_port()
-    return [start(*args, **slurm(world, rank, port)) for rank in range(world)]
+    return [start(*args, cwd=cwd, **slurm(world, rank, port)) for rank in range(world)]

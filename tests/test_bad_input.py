@@ -35,7 +35,27 @@ def finished(tmp_path_factory) -> Path:
 @pytest.fixture
 def shards(tmp_path) -> list[Path]:
     """Two shards of twenty documents."""
-    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi", "omicron", "pi", "rho", "sigma", "tau"]
+    words = [
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "epsilon",
+        "zeta",
+        "eta",
+        "theta",
+        "iota",
+        "kappa",
+        "lambda",
+        "mu",
+        "nu",
+        "xi",
+        "omicron",
+        "pi",
+        "rho",
+        "sigma",
+        "tau",
+    ]
     texts = [". ".join(f"{words[i % 19]} {words[(i * 7 + j) % 19]} {i * j}" for j in range(30)) for i in range(40)]
     return write_shards(
         ({"__key__": f"{i:03d}", "txt": text} for i, text in enumerate(texts)), tmp_path / "text", "t", 20
@@ -196,7 +216,7 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk(small_disk, tmp_path):
-    """The first checkpoint fits, the next does not: it is named, the first stays whole, and with room the run goes on."""
+    """The first checkpoint fits, the next does not: that is said, the first stays whole, and with room it goes on."""
     disk, resize = small_disk
     command = ("debug", "--lanes", 2, "--steps", 4, "--save-every", 2, "--eval-every", 0)
     commands.run(*command, "--out", tmp_path / "undisturbed")

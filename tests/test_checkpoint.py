@@ -1,10 +1,11 @@
-"""What is published is whole, what is damaged is named and passed over, and the layout of the writer does not matter."""
+"""What is published is whole, what is damaged is named and passed over, and the writer's layout does not matter."""
 
 import errno
 import os
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -199,7 +200,8 @@ def write_sharded(folder: Path) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     mine: dict[str, Tensor] = tensors(5)
     mine["model/w"] = distribute_tensor(mine["model/w"], mesh, [Shard(0)])
-    checkpoint.save(folder, 5, mine, {}, keep=1, group=dist.new_group(backend="gloo"))
+    group: Any = dist.new_group(backend="gloo")
+    checkpoint.save(folder, 5, mine, {}, keep=1, group=group)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -210,7 +212,8 @@ def read_sharded(folder: Path) -> list[float]:
     into: dict[str, Tensor] = {name: torch.zeros_like(tensor) for name, tensor in tensors(5).items()}
     into["model/w"] = distribute_tensor(into["model/w"], mesh, [Shard(0)])
     path, _ = checkpoint.newest(folder, lambda *a: None)  # type: ignore[misc]
-    checkpoint.load(path, into, dist.new_group(backend="gloo"))
+    group: Any = dist.new_group(backend="gloo")
+    checkpoint.load(path, into, group)
     assert isinstance(into["model/w"], DTensor)
     mine = into["model/w"].to_local().flatten().tolist()
     dist.barrier()
@@ -226,7 +229,7 @@ def test_written_by_two_read_by_one_and_by_three(tmp_path):
     assert_same(checkpoint.read(path, ""), tensors(5))
     parts = worlds.launch(3, read_sharded, tmp_path)
     assert [len(part) for part in parts] == [15, 15, 5]
-    assert sum(parts, []) == tensors(5)["model/w"].flatten().tolist()
+    assert [x for part in parts for x in part] == tensors(5)["model/w"].flatten().tolist()
 
 
 def test_a_missing_part_of_another_process_is_named(tmp_path):

@@ -63,6 +63,14 @@ def test_killed_after_seven_steps_and_resumed_from_five_ends_in_the_same_bytes(t
     assert run(tmp_path / "killed", 2, strategy) == undisturbed
 
 
+def test_a_window_of_logged_steps_survives_a_resume(tmp_path):
+    """A row is the mean over the steps since the last one; a checkpoint in between carries the sums."""
+    whole = run(tmp_path / "whole", 2, "ddp", log_every=3)
+    with pytest.raises(worlds.Died, match="-9"):
+        run(tmp_path / "killed", 2, "ddp", log_every=3, die_after=7)
+    assert run(tmp_path / "killed", 1, "single", log_every=3) == whole
+
+
 @pytest.mark.parametrize("strategy", ["single", "fsdp"])
 def test_hybrid_low_precision_remat_and_micro_batches_keep_the_bits(tmp_path, strategy):
     """bf16 with micro-batches: one process under one cast policy equals four in two nodes of two."""

@@ -1,7 +1,9 @@
 """The fixed tree: one result in whatever order lanes come, and every lane computed once."""
 
+import functools
 import itertools
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -48,8 +50,9 @@ def test_the_same_bits_in_any_order_but_not_of_any_shape():
             tree.push(0, lane, leaves[lane])
         sums.append(tree.root())
     assert all(torch.equal(s, sums[0]) for s in sums)
-    torch.testing.assert_close(sums[0], sum(leaves), rtol=1e-5, atol=1e-5)  # type: ignore[arg-type]
-    assert not torch.equal(sums[0], sum(leaves))  # one after the other has other bits: the tree is what fixes them
+    in_a_row = functools.reduce(torch.add, leaves)
+    torch.testing.assert_close(sums[0], in_a_row, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(sums[0], in_a_row)  # one after the other has other bits: the tree is what fixes them
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -85,7 +88,7 @@ def test_merged_blocks_finish_in_the_same_tree(n, world):
     alone = expression(n, list(range(n)), lambda tree, lane: tree.push(0, lane, lane))
     left = []
     for rank in range(world):
-        tree = Tree(n, lambda a, b: tuple(sorted([a, b], key=str)))
+        tree: Tree[Any] = Tree(n, lambda a, b: tuple(sorted([a, b], key=str)))
         for lane in blocks(n, world, rank):
             tree.push(0, lane, lane)
         assert sorted(tree.nodes) == subtrees(n, world, rank)

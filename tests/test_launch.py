@@ -14,7 +14,8 @@ from dltrain.rundir import read_json
 
 TESTS = str(Path(__file__).parent)
 TORCHRUN = {
-    "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "n1", "MASTER_PORT": "29",
+    "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "n1",
+    "MASTER_PORT": "29",
 }  # fmt: skip
 SRUN = {
     "SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0", "SLURM_PROCID": "6", "SLURM_LOCALID": "0", "SLURM_NODEID": "3",
@@ -117,12 +118,8 @@ def test_odd_variables_are_named(env, message):
 )
 def test_processes_of_mpirun_do_not_each_train_alone(env):
     """accelerate starts several processes on CPUs with mpirun: two of them would write one run directory."""
-    try:
-        found = detect(env)
-    except UserError as error:
-        assert "mpirun" in str(error) or "MPI" in str(error) or "PMI" in str(error)
-    else:
-        assert (found.world, found.rank) == (2, 1)
+    with pytest.raises(UserError, match=r"MPI|PMI|mpirun"):
+        detect(env)
 
 
 # --- accelerate's requests ------------------------------------------------------------------------------------------

@@ -35,27 +35,7 @@ def finished(tmp_path_factory) -> Path:
 @pytest.fixture
 def shards(tmp_path) -> list[Path]:
     """Two shards of twenty documents."""
-    words = [
-        "alpha",
-        "beta",
-        "gamma",
-        "delta",
-        "epsilon",
-        "zeta",
-        "eta",
-        "theta",
-        "iota",
-        "kappa",
-        "lambda",
-        "mu",
-        "nu",
-        "xi",
-        "omicron",
-        "pi",
-        "rho",
-        "sigma",
-        "tau",
-    ]
+    words = ["alpha", *(chr(97 + i) * (1 + i % 3) + chr(122 - i) for i in range(18))]
     texts = [". ".join(f"{words[i % 19]} {words[(i * 7 + j) % 19]} {i * j}" for j in range(30)) for i in range(40)]
     return write_shards(
         ({"__key__": f"{i:03d}", "txt": text} for i, text in enumerate(texts)), tmp_path / "text", "t", 20

@@ -22,7 +22,8 @@ class Spy:
     """A store that notes which sentences were asked for."""
 
     def __init__(self, store: TokenStore):
-        self.store, self.document_ends, self.spans = store, store.document_ends, []
+        self.store, self.spans = store, []
+        self.sentence_ends, self.document_ends = store.sentence_ends, store.document_ends
 
     def span(self, first: int, last: int) -> np.ndarray:
         self.spans.append((int(first), int(last)))
@@ -119,33 +120,35 @@ def test_padding_rows_weigh_nothing(bert):
 
 def test_pairs(bert):
     """[CLS] A [SEP] B [SEP]: B goes on after A, or comes from another document; half and half where A can be cut."""
-    spy = Spy(bert.store)
-    rows = rows_of(WIDE)
+    spy, rows, t = Spy(bert.store), rows_of(WIDE), bert.tokenizer
     rows.store = spy  # type: ignore[assignment]
-    t, could, random_there = rows.tokenizer, 0, 0
-    batch = every_row(bert)
-    for row in range(len(rows)):
+    labels, lengths = [], []  # of pairs that could be either
+    for row, (first, last) in enumerate(rows.chunks_N2.tolist()):
         spy.spans.clear()
         random = np.random.Generator(np.random.Philox(key=key("row", WIDE.seed, 0, row)))
         ids, segments, label = rows.pair(row, random)
-        (a, cut), (b, end) = spy.spans
-        first, last = rows.chunks_N2[row]
-        assert a == first
-        if label:
-            assert spy.document(b) != spy.document(a)
-        else:
-            assert (b, end) == (cut, last)
-        if last - first > 1:
-            could, random_there = could + 1, random_there + label
-        else:
-            assert label == 1  # one sentence has no second half
+        (a, cut), *_, (b, end) = spy.spans
+        assert a == first and first < cut <= last
         seps = np.flatnonzero(ids == t.sep)
         assert ids[0] == t.cls and len(seps) == 2 and seps[1] == len(ids) - 1
         assert 4 <= len(ids) <= WIDE.row and seps[0] > 1 and seps[1] > seps[0] + 1
         assert (segments == (np.arange(len(ids)) > seps[0])).all()
-    assert could > 1000
-    assert random_there / could == pytest.approx(0.5, abs=0.04)
-    assert batch["next_B"].mean() == pytest.approx(0.5, abs=0.1)  # of all rows
+        assert (ids[1 : seps[0]] == bert.store.span(a, cut)[: seps[0] - 1]).all()
+        assert (ids[seps[0] + 1 : -1] == bert.store.span(b, end)[: seps[1] - seps[0] - 1]).all()
+        if label:
+            assert spy.document(b) == spy.document(end - 1) != spy.document(a)
+        else:
+            assert (b, end) == (cut, last)
+        if last - first > 1:
+            labels.append(label)
+            lengths.append(seps[1] - seps[0] - 1)
+        else:
+            assert label == 1  # one sentence has no second half
+    is_random, length = np.array(labels) == 1, np.array(lengths)
+    assert len(labels) > 1000
+    assert is_random.mean() == pytest.approx(0.5, abs=0.04)
+    assert length[is_random].mean() == pytest.approx(length[~is_random].mean(), rel=0.1)  # length tells nothing
+    assert every_row(bert)["next_B"].mean() == pytest.approx(0.5, abs=0.1)  # of all rows
 
 
 def test_full_sentences_run_over_documents(roberta):

@@ -39,6 +39,8 @@ def detect(env: Mapping[str, str]) -> Launch:
         master = _slurm_master(env) if world > 1 else ""
         found = Launch("slurm", _int(env, "SLURM_PROCID"), world, _int(env, "SLURM_LOCALID"), per_node, master)
     else:
+        if mpi := next((k for k in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if _int(env, k, 1) > 1), None):
+            raise UserError(f"mpirun started {env[mpi]} processes ({mpi}) that would not find each other: use torchrun")
         return Launch(by if by == "accelerate" else "python")
     if not (0 <= found.rank < found.world and 0 <= found.local_rank < found.local_world <= found.world):
         raise UserError(
@@ -127,6 +129,11 @@ def honour(cfg: C, env: Mapping[str, str]) -> C:
     elif backend != "no":
         refused.append(f"ACCELERATE_DYNAMO_BACKEND={backend} (inductor is offered)")
 
+    for name in ("MODE", "USE_FULLGRAPH", "USE_DYNAMIC", "USE_REGIONAL_COMPILATION"):
+        value = env.get(f"ACCELERATE_DYNAMO_{name}", "default")
+        if value.lower() not in ("default", "false", "none"):
+            refused.append(f"ACCELERATE_DYNAMO_{name}={value} (units are compiled with torch.compile's defaults)")
+
     if on("ACCELERATE_USE_FSDP"):
         sharding = env.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD")
         if env.get("FSDP_VERSION") == "2" and env.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false":
@@ -151,6 +158,8 @@ def honour(cfg: C, env: Mapping[str, str]) -> C:
         else:
             stage = env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
             asked["strategy"] = ("ddp" if stage == "0" else f"zero{stage}"), f"ACCELERATE_DEEPSPEED_ZERO_STAGE={stage}"
+        if env.get("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES"):
+            refused.append("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES (there are no expert layers)")
         for name in ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"):
             if env.get(name, "none") != "none":
                 refused.append(f"{name}={env[name]} (nothing is offloaded)")

@@ -122,6 +122,8 @@ class Run(World):
         out, recipe = Path(self.cfg.out), config.recipe_name(self.cfg)
         settled = dataclasses.asdict(self.cfg) | {"threads": self.threads}
         processes = f"{self.me.world} process{'es' if self.me.world > 1 else ''} by {self.me.by}"
+        if self.me.by == "accelerate" and self.me.world == 1 and self.device.type == "cpu":
+            processes += " (which starts several on CPUs with --multi_gpu only)"
         print(f"{recipe}  config {config.digest(rundir.plain(settled))}  {self.device.type}, {processes}")
         fields = "  ".join(f"{k}={v}" for k, v in settled.items())
         print(

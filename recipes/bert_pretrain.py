@@ -104,7 +104,9 @@ class BertRows:
         self.predictions = max(1, round(cfg.row * cfg.masked))
         self.fingerprint = f"{store.fingerprint[:16]}-{len(documents)}-{cfg.objective}-{cfg.row}-{cfg.masked}"
         if self.pairs and len(np.unique(self.documents_N)) < 2:
-            raise UserError(f"next-sentence pairs need two documents or more: {cfg.shards} has too few")
+            raise UserError(
+                f"{len(documents)} documents of {cfg.shards} are too few for sentence pairs: raise --held-out"
+            )
 
     def __len__(self) -> int:
         return len(self.chunks_N2)

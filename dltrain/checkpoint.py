@@ -72,7 +72,7 @@ def save(
         os.rename(temp, final)
         sync(folder)
         published(final)
-        for old in steps(folder)[:-keep]:
+        for old in [path for path in steps(folder) if path.name <= final.name][:-keep]:  # a later one was skipped
             shutil.rmtree(old, ignore_errors=True)
 
     def together(work: Callable[[], Any]) -> list[Any]:
@@ -127,6 +127,8 @@ def damage(path: Path) -> str:
     """What is wrong with a checkpoint, in words that name the file; empty if it is whole."""
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
+        if not isinstance(manifest, dict) or not {"state.json", ".metadata"} <= set(manifest):
+            return "manifest.json does not list the files of a checkpoint"
         for name, want in manifest.items():
             if not (path / name).exists():
                 return f"{name} is missing"

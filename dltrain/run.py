@@ -12,6 +12,7 @@ The only object that knows a rank. A loop is the recipe's own; these verbs make 
             if run.due(cfg.save_every): run.save()
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -55,6 +56,7 @@ class Run(World):
         self.cfg = launch.honour(cfg, os.environ)
         self.step_done = 0  # optimizer steps that are in the weights
         self.loader: Loader | None = None
+        self.leaving = contextlib.ExitStack()
         self._saving: threading.Thread | None = None
         self._saved_step = -1
         self.window: Tensor | None = None  # sums and count since the last report
@@ -74,6 +76,7 @@ class Run(World):
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self.leaving.close()
         self.settle(quiet=error is not None)
         self.log.close()
         self.signals.restore()
@@ -179,7 +182,9 @@ class Run(World):
             loader.check(self.restored["data"])
         self.loader = loader
         mine = [min(lane, n - 1) for lane in self.strategy.mine]
-        return loader.steps(self.step_done, cfg.steps, mine)
+        steps = loader.steps(self.step_done, cfg.steps, mine)
+        self.leaving.callback(steps.close)  # ends the workers
+        return steps
 
     # --- the step ------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ Shapes: M rows of a micro-batch.
 """
 
 import multiprocessing
+import signal
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -112,6 +113,7 @@ class Loader:
                 sampler=starts,  # type: ignore[arg-type]
                 num_workers=self.workers,
                 multiprocessing_context=_context() if self.workers else None,
+                worker_init_fn=_deaf,
                 pin_memory=self.pin,
                 generator=torch.Generator(),  # or it would draw from, and so change, the global one
             )
@@ -129,6 +131,12 @@ class _Positions:
             return self.rows.batch(*self.order.at(np.arange(start, start + self.micro_batch)))
         except UserError as error:  # raised by the reader: torch would bury its one line in a traceback
             return error
+
+
+def _deaf(worker: int) -> None:
+    """A signal to all processes of a job is for the trainer, which saves and then ends its workers."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _context() -> Any:

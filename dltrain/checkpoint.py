@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from dltrain.errors import UserError
 from dltrain.files import sync, write_atomic
 
 FORMAT = 1
-T = TypeVar("T")
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # DCP: that one process is one process
 
 
 def save(
@@ -93,10 +93,10 @@ def save(
 
     together(make)
     options: dict[str, Any] = {"checkpoint_id": temp, "process_group": group, "no_dist": group is None}
-    future: Any = _quietly(dcp.async_save, tensors, **options) if background else None
+    future: Any = dcp.async_save(tensors, **options) if background else None
 
     def write() -> None:
-        together(lambda: future.result() and None if future else _quietly(dcp.save, tensors, **options) and None)
+        together(lambda: future.result() and None if future else dcp.save(tensors, **options) and None)
         files = {name: digest for part in together(digests) for name, digest in part.items()}
         together(lambda: publish(files))
 
@@ -157,7 +157,7 @@ def load(path: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None
         if have != tensor.shape:
             there = "is not in it" if have is None else f"has shape {tuple(have)} in it"
             raise UserError(f"{path} is of another model: {name} {tuple(tensor.shape)} {there}; use another --out")
-    _quietly(dcp.load, tensors, checkpoint_id=path, process_group=group, no_dist=group is None)
+    dcp.load(tensors, checkpoint_id=path, process_group=group, no_dist=group is None)
 
 
 def read(path: Path, prefix: str = "model/") -> dict[str, Tensor]:
@@ -168,7 +168,7 @@ def read(path: Path, prefix: str = "model/") -> dict[str, Tensor]:
         for name, entry in metadata.items()
         if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
-    _quietly(dcp.load, tensors, checkpoint_id=path, no_dist=True)
+    dcp.load(tensors, checkpoint_id=path, no_dist=True)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
@@ -221,13 +221,6 @@ def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, value, group=group)
     return everyone
-
-
-def _quietly(work: Callable[..., T], *args: Any, **options: Any) -> T:
-    """Without DCP's warning that one process is one process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        return work(*args, **options)
 
 
 def _rank(group: dist.ProcessGroup | None) -> int:

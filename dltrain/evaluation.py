@@ -1,10 +1,9 @@
 """Evaluation: sums over every row once, on any number of processes, the same bits."""
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dltrain.data.loader import Rows
+from dltrain.data.loader import Rows, n_micro, nth
 from dltrain.lanes import all_gather
 from dltrain.run import Run
 
@@ -17,13 +16,10 @@ def evaluate(run: Run, task: nn.Module, rows: Rows) -> dict[str, float]:
     names: list[str] = []
     mine: list[Tensor] = []
     task.eval()
-    rounds = -(-len(rows) // (micro * world))
-    for j in run.track(
-        range(rank, rounds * world, world), "evaluating"
-    ):  # as many for every rank: rows -1 are padding and count for nothing
-        index_M = np.arange(j * micro, (j + 1) * micro)
-        index_M[index_M >= len(rows)] = -1
-        batch = rows.batch(np.zeros_like(index_M), index_M)
+    rounds = -(-n_micro(rows, micro) // world)
+    # As many for every rank, since a sharded model's forward takes all: rows -1 are padding and count for nothing.
+    for j in run.track(range(rank, rounds * world, world), "evaluating"):
+        batch = nth(rows, micro, j)
         sums = task({k: v.to(run.device) for k, v in batch.items()})
         names = sorted(sums)
         mine.append(torch.stack([*(sums[k].double() for k in names), batch["count"].to(run.device).double()]))
@@ -32,7 +28,7 @@ def evaluate(run: Run, task: nn.Module, rows: Rows) -> dict[str, float]:
     if world > 1:
         everyone = values_NK.new_empty(world * len(mine), values_NK.shape[1])
         all_gather(everyone, values_NK)
-        order = [j % world * rounds + j // world for j in range(-(-len(rows) // micro))]
+        order = [j % world * rounds + j // world for j in range(n_micro(rows, micro))]
         values_NK = everyone[order]
     total = values_NK.sum(0)
     return dict(zip(names, (total[:-1] / total[-1]).tolist(), strict=True))

@@ -120,6 +120,15 @@ def test_the_newest_are_kept(tmp_path):
     assert newest(tmp_path) == ("step-00000008", [])
 
 
+def test_a_damaged_later_one_does_not_push_out_the_last_good_one(tmp_path):
+    """Resumed from 2 because 9 was damaged; 4 is saved with keep 1: 4 is kept, and it is what the next launch takes."""
+    for step in (2, 9):
+        save(tmp_path, step)
+    (tmp_path / "step-00000009" / "manifest.json").write_text("{}")
+    save(tmp_path, 4, keep=1)
+    assert newest(tmp_path)[0] == "step-00000004"
+
+
 def test_a_half_written_folder_is_ignored_and_goes_with_the_next_save(tmp_path):
     save(tmp_path, 1)
     shutil.copytree(tmp_path / "step-00000001", tmp_path / ".step-00000002.tmp")

@@ -151,13 +151,8 @@ def n_micro(rows: Rows, micro_batch: int) -> int:
     return -(-len(rows) // micro_batch)
 
 
-def finite(rows: Rows, micro_batch: int, mine: tuple[int, int]) -> Iterator[tuple[int, Batch]]:
-    """(j, micro-batch j) for j = rank, rank + world, ... of one pass in order; mine = (rank, world).
-
-    The last micro-batch is filled up with rows -1, so all have one shape and every row is seen exactly once.
-    """
-    rank, world = mine
-    for j in range(rank, n_micro(rows, micro_batch), world):
-        index_M = np.arange(j * micro_batch, (j + 1) * micro_batch)
-        index_M[index_M >= len(rows)] = -1
-        yield j, rows.batch(np.zeros_like(index_M), index_M)
+def nth(rows: Rows, micro_batch: int, j: int) -> Batch:
+    """Micro-batch j of one pass in order, for evaluation; where the rows have run out, rows -1 fill it up."""
+    index_M = np.arange(j * micro_batch, (j + 1) * micro_batch)
+    index_M[index_M >= len(rows)] = -1
+    return rows.batch(np.zeros_like(index_M), index_M)

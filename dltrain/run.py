@@ -226,10 +226,10 @@ class Run(World):
         """Combine the lanes, divide once by the global count, clip, update. Returns the gradient's norm."""
         self.total = self._add_lanes([self.sums[lane] for lane in self.strategy.mine])
         self.window = self.total[:-1] if self.window is None else self.window + self.total[:-1]
-        norm = self.strategy.step(self.total[-2], self.cfg.clip)
+        self.norm = self.strategy.step(self.total[-2], self.cfg.clip)
         self.step_done += 1
         self.log.tick(self.step_done)
-        return norm
+        return self.norm
 
     def _add_lanes(self, mine: list[Tensor]) -> Tensor:
         """Every lane's sums, gathered and added in the lanes' order."""
@@ -283,6 +283,7 @@ class Run(World):
         folder = Path(self.cfg.out) / "checkpoints"
         if self._saved_step == self.step_done:
             return
+        self._refuse_poison()
         self._saved_step = self.step_done
         info = {
             "strategy": self.strategy.state(),
@@ -297,6 +298,15 @@ class Run(World):
             background=self.cfg.save_async,
         )  # fmt: skip
         self.speed.saved = time.monotonic()
+
+    def _refuse_poison(self) -> None:
+        """Weights that are no numbers must not push out good ones. (fp16 may overflow: that step was skipped.)"""
+        known = self.cfg.precision != "fp16" and not self.cfg.strategy.startswith("zero")
+        if not bool(torch.isfinite(self.total).all()) or (known and not bool(torch.isfinite(self.norm))):
+            why = f"the loss or its gradient is not finite at step {self.step_done}: not saved"
+            raise self.alike(
+                UserError(f"{why}; earlier checkpoints are whole; lower --lr, or raise --warmup, in a new --out")
+            )
 
     def weights(self) -> dict[str, Tensor]:
         """The newest checkpoint's whole weights by parameter name, on the CPU."""

@@ -63,6 +63,13 @@ def test_killed_after_seven_steps_and_resumed_from_five_ends_in_the_same_bytes(t
     assert run(tmp_path / "killed", 2, strategy) == undisturbed
 
 
+def test_poisoned_weights_are_not_saved(tmp_path):
+    cfg = toy.Config(out=str(tmp_path / "run"), strategy="ddp", eval_every=100)
+    with pytest.raises(worlds.Died, match="not finite at step 10"):
+        worlds.launch(2, toy.train, cfg, env={"POISON_AT": 7})
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000005"]
+
+
 def test_a_window_of_logged_steps_survives_a_resume(tmp_path):
     """A row is the mean over the steps since the last one; a checkpoint in between carries the sums."""
     whole = run(tmp_path / "whole", 2, "ddp", log_every=3)

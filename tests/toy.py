@@ -96,7 +96,7 @@ def train(cfg: Config) -> None:
         def schedule(step: int) -> float:
             if str(step) == os.environ.get("DIE_AFTER"):  # this many steps
                 os.kill(os.getpid(), signal.SIGKILL)
-            return linear(2, 20)(step)
+            return float("nan") if str(step) == os.environ.get("POISON_AT") else linear(2, 20)(step)
 
         fit(run, task, optimizer, schedule, data, evals={"eval": ToyRows(31)})
 

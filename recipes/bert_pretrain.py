@@ -85,6 +85,7 @@ PRESETS = {
 
 
 NEXT = """
+
 What to try next:
   open {out}/report.html in a browser
   {python} -m dltrain export {out} bert-hf     # for transformers.BertForPreTraining.from_pretrained("bert-hf")

@@ -42,6 +42,18 @@ def remat(module: nn.Module, mode: str) -> None:
         unit.forward = lambda *a, f=forward, **k: checkpoint(f, *a, use_reentrant=False, **more, **k)  # type: ignore
 
 
+def on_meta(cfg: Config, build_task: Callable[[], nn.Module]) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """A task without memory, its units rematerialised and compiled as asked, and the leaves to fill it from."""
+    with torch.device("meta"):
+        module = build_task()
+    originals = leaves(module)
+    remat(module, cfg.remat)
+    if cfg.compile:
+        for unit in units(module):
+            unit.compile()
+    return module, originals
+
+
 class Lanes:
     """One task and its optimizer under single, ddp, fsdp or hybrid.
 
@@ -67,13 +79,7 @@ class Lanes:
         weights: Callable[[], dict[str, Tensor]] | None = None,
     ) -> tuple[nn.Module, Optimizer]:
         """Build on the meta device, wrap, fill. Returns the module to call and its optimizer."""
-        with torch.device("meta"):
-            self.module = build_task()
-        originals = leaves(self.module)
-        remat(self.module, self.cfg.remat)
-        if self.cfg.compile:
-            for unit in units(self.module):
-                unit.compile()
+        self.module, originals = on_meta(self.cfg, build_task)
         if self.sharded or self.cfg.precision != "fp32":
             self._shard()
         self.module.to_empty(device=self.device)

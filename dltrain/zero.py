@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dltrain.config import Config
-from dltrain.initial import assign, fill, leaves
+from dltrain.initial import assign, fill
 from dltrain.lanes import blocks
 from dltrain.launch import Launch
-from dltrain.strategy import materialise, remat, units
+from dltrain.strategy import materialise, on_meta
 
 
 class Zero:
@@ -44,13 +44,7 @@ class Zero:
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        with torch.device("meta"):
-            self.module = build_task()
-        originals = leaves(self.module)
-        remat(self.module, self.cfg.remat)
-        if self.cfg.compile:
-            for unit in units(self.module):
-                unit.compile()
+        self.module, originals = on_meta(self.cfg, build_task)
         self.module.to_empty(device=self.device)
         fill(self.module, originals, self.cfg.seed)
         for name, full in (weights() if weights else {}).items():

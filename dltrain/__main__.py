@@ -1,4 +1,4 @@
-"""dltrain report RUN | dltrain export RUN DIR: what one does with a run directory."""
+"""dltrain report RUN | export RUN DIR | prove RUN RUN: what one does with run directories."""
 
 import importlib
 import sys
@@ -11,6 +11,7 @@ USAGE = """usage: dltrain COMMAND ...
 
   dltrain report RUN        write RUN/report.html: one page with the curves, the configuration and the results
   dltrain export RUN DIR    write the newest checkpoint's weights as DIR, in Hugging Face's layout
+  dltrain prove RUN RUN     compare two runs to the bit: "identical" and exit code 0, or the first difference and 1
 """
 
 
@@ -25,6 +26,12 @@ def main() -> None:
             case ["export", run, folder]:
                 export(Path(run), Path(folder))
                 print(folder)
+            case ["prove", a, b]:
+                from dltrain.prove import prove
+
+                same, words = prove(Path(a), Path(b))
+                print(words)
+                sys.exit(0 if same else 1)
             case ["-h" | "--help"]:
                 print(USAGE, end="")
             case arguments:

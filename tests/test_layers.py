@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = """
 bench
 recipes
-__main__ report debug
+__main__ report debug prove
 loop
 evaluation
 run

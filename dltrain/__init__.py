@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dltrain import ops as ops
     from dltrain.config import Config as Config
+    from dltrain.config import answer_help as answer_help
     from dltrain.config import cli as cli
     from dltrain.debug import checklist as checklist
     from dltrain.evaluation import evaluate as evaluate
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Config": "config",
     "cli": "config",
+    "answer_help": "config",
     "Run": "run",
     "fit": "loop",
     "evaluate": "evaluation",

@@ -165,9 +165,15 @@ def parse(config: type[C], presets: Mapping[str, C], recipe: str, argv: list[str
     return tyro.cli(config, default=default, args=rest, description=usage, prog=f"{recipe}.py [PRESET]")
 
 
+def answer_help(config: type[C], presets: Mapping[str, C]) -> None:
+    """Where the command line asks for --help: print it and exit. A recipe calls this before it imports torch."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        cli(lambda cfg: None, config, presets)
+
+
 def cli(main: Callable[[Any], None], config: type[C], presets: Mapping[str, C] | None = None) -> None:
     """Run a recipe: read its command line, call `main`, turn a user's mistake into one line and exit code 2."""
-    module = sys.modules[main.__module__]
+    module = sys.modules[config.__module__]
     recipe = Path(module.__file__ or "recipe").stem
     try:
         main(

@@ -19,32 +19,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-
 import dltrain
-from dltrain import ops
-from dltrain.data.corpus import tokenised
-from dltrain.data.order import split
-from dltrain.data.text import TokenStore, document_chunks, stream_chunks
-from dltrain.errors import UserError
-from dltrain.models.bert import BertConfig, BertPretraining, flops_per_row
-from dltrain.models.exchange import from_huggingface, to_huggingface, write_huggingface
-from dltrain.optim import adamw
-from dltrain.report import conclude, farewell
-from dltrain.schedules import linear
-from dltrain.seeds import key
-from dltrain.tokenizers.spm import Tokenizer
-
-# B rows of a micro-batch, L tokens of a row, P predicted positions of a row, V vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(dltrain.Config):
-    shards: str = (
-        "embedded:docs"  # webdataset pattern, one document per sample (.txt); embedded:docs is on this machine
-    )
+    shards: str = "embedded:docs"  # webdataset pattern, a document (.txt) a sample; or embedded:docs, topics
     held_out: float = 0.05  # of the documents, chosen by a hash of their key
     tokenizer: str = ""  # sentencepiece model; empty: train one on the shards
     tokenizer_kind: Literal["unigram", "bpe"] = "unigram"
@@ -83,6 +63,27 @@ PRESETS = {
     ),
 }  # fmt: skip
 
+if __name__ == "__main__":
+    dltrain.answer_help(Config, PRESETS)  # before torch is imported, which takes over a second
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dltrain import ops
+from dltrain.data.corpus import tokenised
+from dltrain.data.order import split
+from dltrain.data.text import TokenStore, document_chunks, stream_chunks
+from dltrain.errors import UserError
+from dltrain.models.bert import BertConfig, BertPretraining, flops_per_row
+from dltrain.models.exchange import from_huggingface, to_huggingface, write_huggingface
+from dltrain.optim import adamw
+from dltrain.report import conclude, farewell
+from dltrain.schedules import linear
+from dltrain.seeds import key
+from dltrain.tokenizers.spm import Tokenizer
+
+# B rows of a micro-batch, L tokens of a row, P predicted positions of a row, V vocabulary
 
 NEXT = """
 

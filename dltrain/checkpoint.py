@@ -95,8 +95,14 @@ def save(
     options: dict[str, Any] = {"checkpoint_id": temp, "process_group": group, "no_dist": group is None}
     future: Any = dcp.async_save(tensors, **options) if background else None
 
+    def write_tensors() -> None:
+        if future is None:
+            dcp.save(tensors, **options)
+        else:
+            future.result()
+
     def write() -> None:
-        together(lambda: future.result() and None if future else dcp.save(tensors, **options) and None)
+        together(write_tensors)
         files = {name: digest for part in together(digests) for name, digest in part.items()}
         together(lambda: publish(files))
 

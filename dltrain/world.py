@@ -86,7 +86,11 @@ class World:
 
     def everywhere(self, work: Callable[[], T]) -> T:
         """Do it on rank 0, which leaves something in a cache, then on all."""
-        self.first(lambda: work() and None)
+
+        def warm() -> None:
+            work()
+
+        self.first(warm)
         return work()
 
     def say(self, text: str) -> None:

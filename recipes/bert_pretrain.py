@@ -107,7 +107,7 @@ class BertRows:
         self.fingerprint = f"{store.fingerprint[:16]}-{len(documents)}-{cfg.objective}-{cfg.row}-{cfg.masked}"
         if self.pairs and len(np.unique(self.documents_N)) < 2:
             raise UserError(
-                f"{len(documents)} documents of {cfg.shards} are too few for sentence pairs: raise --held-out"
+                f"{len(documents)} documents of {cfg.shards} are too few for pairs: give more, or another --held-out"
             )
 
     def __len__(self) -> int:

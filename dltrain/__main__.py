@@ -12,6 +12,8 @@ USAGE = """usage: dltrain COMMAND ...
   dltrain report RUN        write RUN/report.html: one page with the curves, the configuration and the results
   dltrain export RUN DIR    write the newest checkpoint's weights as DIR, in Hugging Face's layout
   dltrain prove RUN RUN     compare two runs to the bit: "identical" and exit code 0, or the first difference and 1
+  dltrain shards KIND SRC DST     make webdataset shards of images, text, jsonl, parquet, idx, imagenet or cifar10
+  dltrain data WHAT PATTERN       index, verify, stats, show, bench or explain shards
 """
 
 
@@ -32,6 +34,14 @@ def main() -> None:
                 same, words = prove(Path(a), Path(b))
                 print(words)
                 sys.exit(0 if same else 1)
+            case ["shards", *arguments]:
+                from dltrain.commands import shards
+
+                shards.main(arguments)
+            case ["data", *arguments]:
+                from dltrain.commands import data
+
+                data.main(arguments)
             case ["-h" | "--help"]:
                 print(USAGE, end="")
             case arguments:

@@ -149,7 +149,7 @@ def _stepper(cfg: bert.Config, rows: Rows, rank: int) -> Iterator[None]:
     """Whole training steps of one strategy, data and all."""
     strategy = Lanes(cfg, Launch("torchrun", rank, 2, rank, 2, "127.0.0.1:0"), torch.device("cpu"))
     task, _ = strategy.prepare(lambda: bert.PretrainBert(bert.model_config(cfg)), adamw(cfg.lr))
-    loader = Loader(rows, seed=0, batch=cfg.batch, lanes=2, micro_batch=cfg.batch // 2, workers=0)
+    loader = Loader(rows, Order(len(rows), 0), batch=cfg.batch, lanes=2, micro_batch=cfg.batch // 2, workers=0)
     for step, micros in enumerate(loader.steps(0, 1 << 30, [rank])):
         count = torch.tensor(0.0, dtype=torch.float64)
         for micro in micros:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from dltrain import checkpoint
 from dltrain.config import Config
 from dltrain.data.loader import Loader, Rows
+from dltrain.data.order import Order
 from dltrain.loop import fit
 from dltrain.run import Run
 from dltrain.seeds import seed_step
@@ -49,7 +50,7 @@ def checklist(
         cfg, strategy="single", batch=few, lanes=lanes, micro_batch=0, workers=0, compile=False, debug=False,
         save_async=False, wandb="",
     )  # fmt: skip
-    loader = Loader(rows, seed=cfg.seed, batch=few, lanes=1, micro_batch=few, workers=0)
+    loader = Loader(rows, Order(len(rows), cfg.seed), batch=few, lanes=1, micro_batch=few, workers=0)
     batch = next(loader.steps(0, 1, [0]))[0].batch
     verdicts: list[bool] = []
 

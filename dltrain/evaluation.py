@@ -20,10 +20,12 @@ def evaluate(run: Run, task: nn.Module, rows: Rows) -> dict[str, float]:
     # As many for every rank, since a sharded model's forward takes all: rows -1 are padding and count for nothing.
     for j in run.track(range(rank, rounds * world, world), "evaluating"):
         batch = nth(rows, micro, j)
+        run.left_out.note(run.step_done, batch.pop("damaged", []))
         sums = task({k: v.to(run.device) for k, v in batch.items()})
         names = sorted(sums)
         mine.append(torch.stack([*(sums[k].double() for k in names), batch["count"].to(run.device).double()]))
     task.train()
+    run.share_damage(always=True)
     values_NK = torch.stack(mine)
     if world > 1:
         everyone = values_NK.new_empty(world * len(mine), values_NK.shape[1])

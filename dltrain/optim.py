@@ -1,14 +1,17 @@
 """Optimizers: hyper-parameters -> (module -> optimizer). A builder, because sharding must come before the optimizer.
 
 Every parameter group keeps its peak learning rate as `base_lr`; a trainer sets `group["lr"] = group["base_lr"] *
-multiplier` before each step. Updates are elementwise, so that an optimizer over shards gives the bits of one over whole
-tensors.
+multiplier` before each step. Updates are elementwise, or sum rows that are never cut, so that an optimizer over shards
+gives the bits of one over whole tensors.
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import nn
+
+from dltrain.kernels.adamw import AdamW
+from dltrain.kernels.lamb import Lamb
 
 Builder = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -26,7 +29,24 @@ def adamw(lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": decay, "base_lr": lr},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0, "base_lr": lr},
         ]
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr, betas, eps, foreach=True)
+        return AdamW([g for g in groups if g["params"]], lr, betas, eps)
+
+    return build
+
+
+def lamb(lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6, decay: float = 0.01) -> Builder:
+    """LAMB (You et al. 2020, https://arxiv.org/abs/1904.00962, algorithm 2), for batches of many thousand rows.
+
+    Biases and norms neither decay nor adapt their learning rate to a norm. Not under zero1 to zero3, which cut tensors.
+    """
+
+    def build(module: nn.Module) -> torch.optim.Optimizer:
+        parameters = _parameters(module)
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": decay, "adapt": True, "base_lr": lr},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0, "adapt": False, "base_lr": lr},
+        ]
+        return Lamb([g for g in groups if g["params"]], lr, betas, eps)
 
     return build
 

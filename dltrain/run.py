@@ -19,7 +19,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,14 @@ from torch.optim import Optimizer
 
 from dltrain import checkpoint, config, launch, rundir
 from dltrain.config import Config
+from dltrain.damage import LeftOut, tell
 from dltrain.data.loader import Loader, Rows
+from dltrain.data.order import Order, Ordering
+from dltrain.data.ramp import Ramp
 from dltrain.errors import UserError
 from dltrain.lanes import all_gather
 from dltrain.log import Log, NullLog
-from dltrain.seeds import seed_step
+from dltrain.seeds import key, seed_step
 from dltrain.signals import Signals
 from dltrain.speed import Speed
 from dltrain.strategy import Lanes
@@ -59,7 +62,8 @@ class Run(World):
         self.leaving = contextlib.ExitStack()
         self._saving: threading.Thread | None = None
         self._saved_step = -1
-        self.window: Tensor | None = None  # sums and count since the last report
+        self.window: Tensor | None = None  # sums, damaged rows and count since the last report
+        self.left_out = LeftOut()
 
     def __enter__(self) -> "Run":
         self.join()
@@ -156,6 +160,7 @@ class Run(World):
         checkpoint.load(path, tensors, self.group)
         self.strategy.loaded(tensors)
         self.strategy.restore(self.restored["strategy"])
+        self.left_out.restore(self.restored["left_out"])
         self.step_done = self._saved_step = self.restored["step"]
         if self.restored["window"] is not None:
             self.window = torch.tensor(self.restored["window"], dtype=torch.float64, device=self.device)
@@ -170,13 +175,20 @@ class Run(World):
             if resumed is not None:
                 self.log.event("resume", step=resumed, world=self.me.world, strategy=self.cfg.strategy, by=self.me.by)
 
-    def batches(self, rows: Rows) -> Iterator[list[Any]]:
-        """Training data from the restored position on: a list of this process's micro-batches for every step."""
+    def batches(
+        self, rows: Rows, order: Ordering | None = None, ramp: Sequence[tuple[int, int]] | None = None
+    ) -> Iterator[list[Any]]:
+        """Training data from the restored position on: a list of this process's micro-batches for every step.
+
+        `order` is a shuffle of all rows by `cfg.seed` unless another is given (`data.order.Windowed`, `data.mix.Mix`);
+        `ramp` is a batch size that grows with the samples seen (`data.ramp.Ramp`), instead of `cfg.batch`.
+        """
         n, cfg = self.strategy.lanes, self.cfg
-        micro = cfg.micro_batch or cfg.batch // n
+        sizes = Ramp(ramp or ((0, cfg.batch),))
+        micro = cfg.micro_batch or min(size for _, size in sizes.sizes) // n
         loader = Loader(
-            rows, seed=cfg.seed, batch=cfg.batch, lanes=n, micro_batch=micro, workers=cfg.workers,
-            pin=self.device.type == "cuda",
+            rows, order or Order(len(rows), key("order", cfg.seed)), batch=sizes, lanes=n, micro_batch=micro,
+            workers=cfg.workers, pin=self.device.type == "cuda",
         )  # fmt: skip
         if self.restored:
             loader.check(self.restored["data"])
@@ -207,7 +219,8 @@ class Run(World):
         self.sums: dict[int, Tensor] = {}
         for micro, lane in zip(micros, lanes, strict=True):
             self._at = (lane, micro.part == parts - 1)
-            self._count = float(micro.batch["count"])
+            self._counts = [float(len(micro.damaged)), float(micro.batch["count"])]
+            self.left_out.note(self.step_done + 1, micro.damaged if lane < n else [])
             seed_step(self.cfg.seed, self.step_done, min(lane, n - 1), micro.part)
             self.strategy.forward_of(self._at[1])
             yield {k: v.to(self.device, non_blocking=True) for k, v in micro.batch.items()}
@@ -217,7 +230,7 @@ class Run(World):
         lane, last = self._at
         self.names = sorted(sums)
         values = torch.stack([sums[k].detach().double() for k in self.names])
-        extra = values.new_tensor([self._count, float(bool(self.signals.name))])
+        extra = values.new_tensor([*self._counts, float(bool(self.signals.name))])
         values = torch.cat([values, extra])
         self.sums[lane] = self.sums[lane] + values if lane in self.sums else values
         self.strategy.backward(sums["loss"], lane, last)
@@ -246,7 +259,7 @@ class Run(World):
     def means(self) -> dict[str, float]:
         """The sums since the last call over their global count: waits for the device."""
         assert self.window is not None
-        values, self.window = (self.window[:-1] / self.window[-1]).tolist(), None
+        values, self.window = (self.window[:-2] / self.window[-1]).tolist(), None
         return dict(zip(self.names, values, strict=True))
 
     def due(self, every: int) -> bool:
@@ -261,13 +274,25 @@ class Run(World):
 
     def report(self, **values: Any) -> None:
         """Log the means since the last report, and `values` (numbers or 0-d tensors) of the step just done."""
-        numbers = self.means() | {k: float(v) for k, v in values.items()}
-        samples = self.step_done * self.cfg.batch
+        damaged = self.share_damage()
+        numbers = self.means() | {k: float(v) for k, v in values.items()} | ({"damaged": damaged} if damaged else {})
+        samples = self.samples(self.step_done)
         numbers |= {"samples": samples} | ({"tokens": samples * self.speed.row_tokens} if self.speed.row_tokens else {})
-        speed = self.speed.read(self.step_done, self.cfg.steps, self.cfg.batch)
+        speed = self.speed.read(self.step_done, self.cfg.steps, samples - self.samples(self.speed.since))
         self.log.metrics(self.step_done, numbers)
         self.log.speed(self.step_done, speed)
         self.log.line(self.step_done, numbers, speed)
+
+    def samples(self, step: int) -> int:
+        """Rows that the steps before `step` have read."""
+        return self.loader.ramp.position(step) if self.loader else step * self.cfg.batch
+
+    def share_damage(self, always: bool = False) -> int:
+        """How many rows of the window were damaged; if any (or `always`) all ranks tell one another which."""
+        damaged = 0 if self.window is None else int(self.window[-2])
+        if damaged or always:
+            tell(self.left_out.share(self.gather), self.log.event if self.me.rank == 0 else None)
+        return damaged
 
     def report_eval(self, name: str, means: dict[str, float]) -> None:
         """Log held-out figures under `name/...`."""
@@ -284,10 +309,12 @@ class Run(World):
         if self._saved_step == self.step_done:
             return
         self._refuse_poison()
+        self.share_damage()
         self._saved_step = self.step_done
         info = {
             "strategy": self.strategy.state(),
             "data": self.loader.state(self.step_done) if self.loader else {},
+            "left_out": self.left_out.state(),
             "window": self.window if self.window is None else self.window.tolist(),
             "written_by": {"strategy": self.cfg.strategy, "world": self.me.world, "torch": torch.__version__},
         }

@@ -28,12 +28,12 @@ class Speed:
         """Count time that was spent waiting for data."""
         self.waited += seconds
 
-    def read(self, step: int, steps: int, batch: int) -> dict[str, float]:
-        """Figures since the last reading, for steps of `batch` rows of which `steps` make the run; starts anew."""
+    def read(self, step: int, steps: int, rows_read: int) -> dict[str, float]:
+        """Figures since the last reading, in which `rows_read` were read; `steps` make the run. Starts anew."""
         now = time.perf_counter()
         spent = max(now - self.clock, 1e-9)
         seconds = spent / max(step - self.since, 1)
-        rows = batch / seconds
+        rows = rows_read / spent
         found = {
             "step_seconds": seconds,
             "data_wait": self.waited / spent,

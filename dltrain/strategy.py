@@ -17,6 +17,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from dltrain.config import Config
 from dltrain.initial import assign, fill, leaves
+from dltrain.kernels.adamw import AdamW
+from dltrain.kernels.lamb import Lamb
 from dltrain.lanes import Tree, TreeAllReduce, TreeReduceScatter, all_gather, blocks, fold_rows, rounds
 from dltrain.launch import Launch
 
@@ -156,8 +158,11 @@ class Lanes:
         norm = self._square_sum(grads).sqrt() * per_item
         factor = per_item * torch.clamp(clip / norm, max=1.0) if clip > 0 else per_item
         if self.cfg.precision != "fp16" or self._finite(norm):
-            torch._foreach_mul_(grads, factor.to(grads[0].dtype))
-            self.optimizer.step()
+            if isinstance(self.optimizer, AdamW | Lamb):  # their kernels multiply as they read
+                self.optimizer.step(scale=factor)
+            else:
+                torch._foreach_mul_(grads, factor.to(grads[0].dtype))
+                self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 

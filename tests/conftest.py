@@ -6,6 +6,7 @@ import tempfile
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported; DLTRAIN_KERNELS says whether kernels run
 
 _CACHE = pytest.StashKey[tempfile.TemporaryDirectory]()
 

@@ -13,11 +13,13 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = """
 bench
 recipes
-__main__ report debug prove
+__main__
+commands report debug prove
+convert
 loop
 evaluation
 run
-world
+world damage
 strategy zero lanes initial checkpoint log rundir speed signals meter launch config
 data | models | optim schedules
 ops
@@ -27,17 +29,28 @@ progress errors seeds files
 
 # The modules that may import each library; torch and numpy are everywhere but where NONE_OF says.
 OWNERS = {
+    "PIL": ["data.pictures", "data.sheet", "data.bench_images", "convert.images"],
     "accelerate": ["launch"],
+    "aiohttp": ["data.download"],
+    "crc32c": ["data.index", "data.shard"],
     "deepspeed": ["zero"],
-    "matplotlib": ["report"],
+    "fsspec": ["data.download"],
+    "liger_kernel": ["kernels.bench"],
+    "litdata": ["data.bench_bytes"],
+    "matplotlib": ["report", "kernels.bench"],
+    "pyarrow": ["convert.text"],
     "rich": ["progress", "log"],
     "safetensors": ["models.exchange"],
+    "scipy": ["convert.published"],
+    "simplejpeg": ["data.pictures", "data.bench_images"],
     "sentencepiece": ["tokenizers.spm"],
+    "streaming": ["data.bench_bytes"],
     "torch.utils.tensorboard": ["log"],
     "triton": ["kernels"],
     "tyro": ["config"],
     "wandb": ["log"],
-    "webdataset": ["data.shards"],
+    "webdataset": ["data.shards", "data.index", "data.urls", "data.stages", "data.bench_images", "data.bench_bytes"],
+    "zstandard": ["data.compressed"],
 }
 NONE_OF = {"tokenizers": ["torch"], "kernels": ["numpy"], "config": ["torch"], "launch": ["torch"]}
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dltrain.optim import Builder, adamw, sgd
+from dltrain.optim import Builder, adamw, lamb, sgd
 
 
 class Holder(nn.Module):
@@ -29,6 +29,15 @@ def test_groups():
     assert [id(p) for p in kept["params"]] == [id(net[1].bias), id(net[1].weight), id(net[2].bias)]
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
     assert decayed["base_lr"] == kept["base_lr"] == 1e-3
+
+
+def test_lamb_adapts_what_decays():
+    net = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+    adapted, plain = lamb(1e-3, decay=0.1)(net).param_groups
+    assert [p.ndim for p in adapted["params"]] == [2] and [p.ndim for p in plain["params"]] == [1, 1, 1]
+    assert (adapted["adapt"], plain["adapt"]) == (True, False)
+    assert (adapted["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert adapted["base_lr"] == plain["base_lr"] == 1e-3
 
 
 def test_order_is_by_name_and_frozen_parameters_are_left_out():

@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from dltrain.data.order import Order
+from dltrain.data.index import Damage
+from dltrain.data.order import Ordering, require_same
+from dltrain.data.ramp import Ramp
 from dltrain.errors import UserError
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]  # tensors, and "damaged"
 
 
 class Rows(Protocol):
@@ -32,7 +34,8 @@ class Rows(Protocol):
     def batch(self, epoch_M: np.ndarray, index_M: np.ndarray, /) -> Batch:
         """int64 [M], [M] -> one micro-batch, of a shape that depends on M alone. Row -1 is padding, weighing nothing.
 
-        Includes "count", a 0-d int64: the number of items that sums over this batch will be divided by.
+        Includes "count", a 0-d int64: the number of items that sums over this batch will be divided by. A row whose
+        sample is damaged is as padding, and then "damaged" is a list of `Damage`; otherwise there is no such key.
         """
         ...
 
@@ -44,23 +47,43 @@ class Micro:
     lane: int
     part: int
     parts: int
-    batch: Batch
+    batch: dict[str, torch.Tensor]
+    damaged: list[Damage]
 
 
 class Loader:
-    """Rows for training: step s reads positions [s B, (s + 1) B), of which lane l has rows [l B/n, (l + 1) B/n)."""
+    """Rows for training. Step s reads the next `batch` positions of `order`, of which lane l has its n-th part."""
 
     def __init__(
-        self, rows: Rows, *, seed: int, batch: int, lanes: int, micro_batch: int, workers: int, pin: bool = False
+        self,
+        rows: Rows,
+        order: Ordering,
+        *,
+        batch: int | Ramp,
+        lanes: int,
+        micro_batch: int,
+        workers: int,
+        pin: bool = False,
     ):
-        """`batch` rows per step over all lanes, `micro_batch` rows per forward; `workers` processes (0: in this
-        one)."""
-        assert batch % (lanes * micro_batch) == 0, (batch, lanes, micro_batch)
+        """`batch` rows per step over all lanes, `micro_batch` rows per forward; `workers` processes (0: in this one).
+
+        UserError for no rows, or a batch that cannot be cut like this.
+        """
         if not len(rows):
             raise UserError("the training data has no rows; check the shards")
-        self.rows, self.seed, self.batch, self.lanes, self.micro_batch = rows, seed, batch, lanes, micro_batch
+        self.rows, self.order, self.lanes, self.micro_batch = rows, order, lanes, micro_batch
         self.workers, self.pin = workers, pin
-        self.parts = batch // lanes // micro_batch
+        self.ramp = batch if isinstance(batch, Ramp) else Ramp(((0, batch),))
+        for _, size in self.ramp.sizes:
+            if size % (lanes * micro_batch):
+                raise UserError(
+                    f"batch ({size} rows) must be a multiple of {lanes * micro_batch} = lanes ({lanes}) x "
+                    f"micro_batch ({micro_batch})"
+                )
+
+    def parts(self, step: int) -> int:
+        """Micro-batches of a lane."""
+        return self.ramp.batch(step) // self.lanes // self.micro_batch
 
     def steps(self, first: int, last: int, mine: Sequence[int]) -> Generator[list[Micro], None, None]:
         """The micro-batches of the lanes `mine`, in order, of each of the steps first ... last - 1.
@@ -69,48 +92,47 @@ class Loader:
         """
         batches = self._batches(first, last, mine)
         try:
-            for _ in range(first, last):
+            for s in range(first, last):
                 step: list[Micro] = []
+                parts = self.parts(s)
                 for lane in mine:
-                    for part in range(self.parts):
+                    for part in range(parts):
                         batch = next(batches)
                         if isinstance(batch, UserError):
                             raise batch
-                        step.append(Micro(lane, part, self.parts, batch))
+                        damaged = batch.pop("damaged", [])
+                        step.append(Micro(lane, part, parts, batch, damaged))
                 yield step
         finally:
             del batches  # ends the workers; left to a traceback and the collector, that would take 5 s
 
     def state(self, step: int) -> dict[str, Any]:
         """Where the next step, `step`, begins and in which order: all there is to resume."""
-        return {
-            "fingerprint": self.rows.fingerprint,
-            "rows": len(self.rows),
-            "seed": self.seed,
-            "batch": self.batch,
-            "position": step * self.batch,
-        }
+        data = {"fingerprint": self.rows.fingerprint, "rows": len(self.rows), "lanes": self.lanes}
+        return data | {"order": self.order.state(), "position": self.ramp.position(step)} | self.ramp.state()
 
     def check(self, state: dict[str, Any]) -> None:
         """UserError naming what differs if a run with `state` would not go on with the rows it left off at."""
-        for name, now in self.state(0).items():
-            if name != "position" and state[name] != now:
-                what = "the data has changed: fingerprint" if name == "fingerprint" else f"data {name}"
-                raise UserError(f"{what} is {now}, the checkpoint has {state[name]}; restore it or start a new run")
+        now, position = {"fingerprint": self.rows.fingerprint, "rows": len(self.rows)}, state["position"]
+        require_same(now, {name: state.get(name) for name in now})
+        self.order.check(state["order"], position)
+        self.ramp.check(state, position)
+
+    def _starts(self, first: int, last: int, mine: Sequence[int]) -> Iterator[int]:
+        """The position of the first row of each micro-batch."""
+        for step in range(first, last):
+            start, parts = self.ramp.position(step), self.parts(step)
+            for lane in mine:
+                for part in range(parts):
+                    yield start + (lane * parts + part) * self.micro_batch
 
     def _batches(self, first: int, last: int, mine: Sequence[int]) -> Iterator[Batch | UserError]:
-        starts = (
-            step * self.batch + (lane * self.parts + part) * self.micro_batch
-            for step in range(first, last)
-            for lane in mine
-            for part in range(self.parts)
-        )
-        source: Any = _Positions(self.rows, Order(len(self.rows), self.seed), self.micro_batch)
+        source: Any = _Positions(self.rows, self.order, self.micro_batch)
         return iter(
             DataLoader(
                 source,
                 batch_size=None,  # the sampler's items are whole micro-batches
-                sampler=starts,  # type: ignore[arg-type]
+                sampler=self._starts(first, last, mine),  # type: ignore[arg-type]
                 num_workers=self.workers,
                 multiprocessing_context=_context() if self.workers else None,
                 worker_init_fn=_deaf,
@@ -123,7 +145,7 @@ class Loader:
 class _Positions:
     """position of the first row -> micro-batch; the dataset that workers hold."""
 
-    def __init__(self, rows: Rows, order: Order, micro_batch: int):
+    def __init__(self, rows: Rows, order: Ordering, micro_batch: int):
         self.rows, self.order, self.micro_batch = rows, order, micro_batch
 
     def __getitem__(self, start: int) -> Batch | UserError:

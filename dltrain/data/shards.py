@@ -1,88 +1,40 @@
-"""Plain webdataset shards with a side index, so that any sample is one `pread` away. The only importer of webdataset.
+"""Plain webdataset shards, any sample one step away: the only importer of webdataset, with `stages` and `index`.
 
-Shards are uncompressed tars (USTAR, PAX or GNU). Neighbouring members that differ only in what follows the first dot of
-the file name are one sample: `a/b.jpg` and `a/b.cls` are {"__key__": "a/b", "jpg": ..., "cls": ...}.
+A shard is a tar on this machine, or somewhere else (see `remote`), or compressed: what is not a plain file here is
+brought into the cache once. Its index (see `index`) says where each sample lies and what its bytes must be; nothing is
+handed out that was not checked. webdataset itself drops the rest of a damaged shard without a word.
 
-The index of `name.tar` is `name.tar.idx` beside it (in the cache folder where that one is read-only): a NumPy .npz of
-
-    meta        uint8   a JSON object: version, size (bytes) and mtime_ns and sha256 of the shard, names of extensions
-    key         uint8   the samples' keys in UTF-8, one after the other
-    key_end     int64   per sample, where its key ends in `key`
-    member_end  int64   per sample, where its members end in the next four
-    extension   uint16  per member, number in meta.extensions
-    offset      int64   per member, bytes from the start of the shard to the payload
-    length      int64   per member, bytes of payload
-    crc         uint32  per member, CRC-32 (zlib's) of the payload
-
-It is made on first use and again when the shard's size or mtime has changed. webdataset itself drops the rest of a
-damaged shard without a word; here any damage is a UserError with the shard, the place and what to do.
+Shapes: N samples, M samples asked for, S shards.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
-import mmap
 import os
-import re
-import tarfile
-import zipfile
-import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from glob import glob, has_magic
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from dltrain.data.cache import cache_dir, whole
+from dltrain.data.compressed import codec_named
+from dltrain.data.index import Damage, Index, fits, homes, indexed, opened, stored
 from dltrain.data.order import key_hashes
+from dltrain.data.shard import OpenShard, scattered
+from dltrain.data.urls import expand, plain
 from dltrain.errors import UserError
+from dltrain.files import write_atomic
 from dltrain.progress import track
 
-VERSION = 1
-OPEN_FILES = 64  # per process; the oldest is closed beyond that
+OPEN = 256  # shards that a process keeps open; the one that was opened first is closed beyond that
+BLOCK = 4096  # samples in file order whose places are looked up at a time
+ASK = 16  # remote shards that servers are asked for at a time
+CATALOG = 64  # from so many shards on, what the indexes say together is kept in one file
 
-
-def expand(pattern: str) -> list[Path]:
-    """Shards named by `pattern`: paths, {000..012} braces, globs, folders of .tar files, or a comma list of these.
-
-    UserError if it names nothing, a missing or unreadable file, or one file twice.
-    """
-    from webdataset.shardlists import expand_urls
-
-    try:
-        # Braces around it all make a list of the outer commas too. A name that exists is itself, whatever is in it.
-        literal = pattern and Path(pattern).expanduser().exists()
-        names = [pattern] if literal else [name.strip() for name in expand_urls("{" + pattern + ",}")]
-    except ValueError as error:
-        raise UserError(f"shards {pattern!r}: {error}; close every brace") from error
-    paths: list[Path] = []
-    for name in filter(None, names):
-        path = Path(name).expanduser()
-        if path.is_dir():
-            found = sorted(path.glob("*.tar"))
-        elif has_magic(name) and not path.exists():
-            found = [Path(match) for match in sorted(glob(str(path)))]
-        else:
-            found = [path]
-        if not found:
-            what = "holds no .tar file" if path.is_dir() else "matches nothing"
-            raise UserError(f"shards {pattern!r}: {name} {what}; correct the pattern")
-        paths += found
-    if not paths:
-        raise UserError(
-            f"shards {pattern!r} names no file; give a path, a {{000..012}} pattern or a folder of .tar files"
-        )
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"shards {pattern!r}: {path} does not exist; correct the pattern or restore the file")
-        if not os.access(path, os.R_OK):
-            raise UserError(f"shards {pattern!r}: {path} is not readable; correct its permissions")
-    if len(set(paths)) < len(paths):
-        twice = next(path for path in paths if paths.count(path) > 1)
-        raise UserError(f"shards {pattern!r} names {twice} twice; its samples would count double")
-    return paths
+OnError = Literal["raise", "skip", "substitute"]
 
 
 def write_shards(samples: Iterable[dict[str, Any]], folder: Path, prefix: str, samples_per_shard: int) -> list[Path]:
@@ -91,268 +43,298 @@ def write_shards(samples: Iterable[dict[str, Any]], folder: Path, prefix: str, s
     A sample is {"__key__": str, extension: bytes, str, or what webdataset encodes (json, npy, cls ...)}. UserError for
     a key that webdataset could not read back or that is used twice.
     """
-    from webdataset.tariterators import base_plus_ext
-    from webdataset.writer import TarWriter
-
     paths: list[Path] = []
     rest = iter(samples)
     while shard := list(itertools.islice(rest, samples_per_shard)):
-        path = folder / f"{prefix}-{len(paths):06d}.tar"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with whole(path) as temp:
-                with (
-                    open(temp, "wb") as file,
-                    TarWriter(file, user="", group="", mtime=0, format="PAX_FORMAT") as writer,
-                ):
-                    for sample in shard:
-                        key = sample["__key__"]
-                        if base_plus_ext(f"{key}.x") != (key, "x"):
-                            raise UserError(
-                                f"{path}: sample key {key!r} must not be empty or have a dot in its last part"
-                            )
-                        writer.write(sample)
-                index = _Index.of(temp, named=path)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; free the disk or choose another folder") from error
-        index.save(path)  # the rename has kept size and mtime
-        paths.append(path)
+        paths.append(folder / f"{prefix}-{len(paths):06d}.tar")
+        write_shard(paths[-1], shard)
     return paths
 
 
-class Shards:
-    """Samples of all shards that `pattern` names, by number, in their order. Picklable; opens files lazily."""
+def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> None:
+    """One shard and its index: as `write_shards`."""
+    from webdataset.tariterators import base_plus_ext
+    from webdataset.writer import TarWriter
 
-    def __init__(self, pattern: str):
-        self.paths = expand(pattern)
-        self._indexes = [_Index.open(path) for path in track(self.paths, "indexing shards")]
-        self._start = np.cumsum([0] + [len(index.key_end) for index in self._indexes])
-        self._open: dict[int, int] = {}  # shard -> file descriptor, in order of opening
-        self.fingerprint = hashlib.sha256("".join(index.sha256 for index in self._indexes).encode()).hexdigest()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as temp:
+            with open(temp, "wb") as file, TarWriter(file, user="", group="", mtime=0, format="PAX_FORMAT") as writer:
+                for sample in samples:
+                    key = sample["__key__"]
+                    if base_plus_ext(f"{key}.x") != (key, "x"):
+                        raise UserError(f"{path}: sample key {key!r} must not be empty or have a dot in its last part")
+                    writer.write(sample)
+            index = indexed(temp, named=str(path))
+            if index.damage:
+                raise UserError(f"{Damage(str(path), *index.damage[0])}; give every sample its own key")
+            for home in homes(path):
+                home.unlink(missing_ok=True)  # of a shard that was here before
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; free the disk or choose another folder") from error
+    index.save(path)  # the rename has kept size and mtime
+
+
+class Shards:
+    """Samples of all shards that `pattern` names, by number, in their order. Picklable; opens files lazily.
+
+    `on_error`: what to do about a damaged sample. "raise": UserError with shard, key and byte. "skip": it is handed out
+    as {"__key__", "__url__", "__damage__": Damage} and nothing else. "substitute": with the members of the next intact
+    sample. `pipe` allows urls `pipe:COMMAND`, which run a shell command.
+
+    Raises:
+        UserError: for a pattern that names nothing, a shard that is no tar or cannot be had; under "raise" for a shard
+            that is damaged or no longer what was indexed.
+    """
+
+    def __init__(self, pattern: str | Sequence[str], *, on_error: OnError = "raise", pipe: bool = False):
+        if on_error not in ("raise", "skip", "substitute"):
+            raise UserError(f"on_error {on_error!r} is none of raise, skip and substitute")
+        self.urls = expand(pattern)
+        self.on_error, self.pipe = on_error, pipe
+        self._open: dict[int, OpenShard] = {}  # in order of opening
+        self._known: dict[int, tuple[int | None, str]] = {}  # what remote shards are, so that no server is asked twice
+        self.damage: list[Damage] = []  # of samples that no index has: they were damaged when it was made
+        counts, sums = self._catalog()
+        self.counts_S = np.array(counts, np.int64)
+        self._start = np.concatenate([[0], np.cumsum(self.counts_S)])
+        self.fingerprint = hashlib.sha256("".join(sums).encode()).hexdigest()
 
     def __len__(self) -> int:
         return int(self._start[-1])
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """{"__key__": str, extension: bytes}. UserError if the bytes are not the ones that were indexed."""
-        shard, j = self._find(i)
-        index, path = self._indexes[shard], self.paths[shard]
-        key, members = index.key_of(j), index.members_of(j)
-        sample: dict[str, Any] = {"__key__": key}
-        if members.start == members.stop:
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        return self._slowly(i)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """All samples in file order."""
+        bounds = zip(self._start, self._start[1:])
+        runs = (range(a, min(a + BLOCK, stop)) for start, stop in bounds for a in range(start, stop, BLOCK))
+        return self.stream(np.arange(run.start, run.stop) for run in runs)
+
+    def stream(self, blocks: Iterable[np.ndarray]) -> Iterator[dict[str, Any]]:
+        """The samples with these numbers, one block after the other; blocks of a few thousand are fastest."""
+        return itertools.chain.from_iterable(map(self._samples, blocks))
+
+    def read(self, index_M: np.ndarray | range) -> list[dict[str, Any]]:
+        """The samples with these numbers, in this order: {"__key__": str, "__url__": str, extension: bytes}."""
+        return list(self._samples(np.asarray(index_M, np.int64)))
+
+    def _samples(self, index_M: np.ndarray) -> Iterator[dict[str, Any]]:
+        """One by one, so that the memory of the last is warm for the next."""
+        if not len(index_M):
+            return iter(())
+        if index_M.min() < 0 or index_M.max() >= len(self):
+            raise IndexError(f"samples {index_M.min()} ... {index_M.max()} of {len(self)}")
+        shard_M = np.searchsorted(self._start, index_M, side="right") - 1
+        row_M = index_M - self._start[shard_M]
+        used = np.unique(shard_M).tolist()
+        if len(used) > OPEN:
+            return map(self._slowly, index_M.tolist())
+        opened = {s: self._shard(s) for s in used}
+        if not all(shard.plain() and shard.names == opened[used[0]].names for shard in opened.values()):
+            return map(self._slowly, index_M.tolist())
+        if len(used) == 1 and len(row_M) > 1 and (np.diff(row_M) == 1).all():
+            start = int(self._start[used[0]])
+            return opened[used[0]].neighbours(int(row_M[0]), int(row_M[-1]) + 1, lambda row: self._slowly(start + row))
+        return scattered(opened, shard_M, row_M, index_M, self._slowly)
+
+    def _slowly(self, i: int) -> dict[str, Any]:
+        """One sample of any make, or what `on_error` asks for if it is damaged."""
+        s, j = self._at(i)
+        sample = self._shard(s).one(j)
+        if "__damage__" not in sample or self.on_error == "skip":
             return sample
-        start = int(index.offset[members.start])
-        stop = int(index.offset[members.stop - 1] + index.length[members.stop - 1])
-        blob = memoryview(os.pread(self._descriptor(shard), stop - start, start))
-        for m in range(members.start, members.stop):
-            offset = int(index.offset[m])
-            payload = blob[offset - start : offset - start + int(index.length[m])]
-            if zlib.crc32(payload) != index.crc[m]:
-                extension = index.extensions[index.extension[m]]
-                raise UserError(
-                    f"{self.name(i)}, member .{extension} at byte {offset} is not what was indexed (CRC-32 differs); "
-                    f"restore the shard, or delete {path.name}.idx if it was replaced on purpose"
-                )
-            sample[index.extensions[index.extension[m]]] = bytes(payload)
-        return sample
+        if self.on_error == "raise":
+            raise UserError(f"{sample['__damage__']}; {self._advice(s)}")
+        for step in range(1, len(self)):
+            s, j = self._at((i + step) % len(self))
+            if "__damage__" not in (other := self._shard(s).one(j)):
+                return other | sample
+        raise UserError(f"{self.urls[0]} and all other shards have no intact sample; restore them")
+
+    def _at(self, i: int) -> tuple[int, int]:
+        """Shard, and number in it."""
+        s = int(np.searchsorted(self._start, i, side="right")) - 1
+        return s, int(i - self._start[s])
+
+    def parts(
+        self, index_P: np.ndarray, extension: str, start_P: np.ndarray, stop_P: np.ndarray
+    ) -> list[bytes | Damage]:
+        """Of each of these samples bytes start ... stop - 1 (fewer where it ends before) of one member.
+
+        For members too large to read whole: one is checked whole the first time that this process reads of it, and not
+        again. Damage, and a sample without that member, is a UserError under "raise", else the Damage.
+        """
+        shard_P = np.searchsorted(self._start, index_P, side="right") - 1
+        readers = {s: self._shard(s).member(extension) for s in set(shard_P.tolist())}
+        spans = (index_P - self._start[shard_P]).tolist(), start_P.tolist(), stop_P.tolist()
+        found: list[bytes | Damage] = []
+        for s, j, start, stop in zip(shard_P.tolist(), *spans):
+            blob = readers[s](j, start, stop)
+            if not isinstance(blob, bytes):
+                blob = Damage(self.urls[s], self._shard(s).index.key_of(j), *blob)
+                if self.on_error == "raise":
+                    raise UserError(f"{blob}; {self._advice(s)}")
+            found.append(blob)
+        return found
+
+    def broken(self, i: int, reason: str) -> Damage:
+        """For a sample whose bytes are right and useless (they cannot be decoded): UserError under "raise", or the
+        Damage to record."""
+        s, j = self._at(i)
+        index = self._shard(s).index
+        damage = Damage(self.urls[s], index.key_of(j), int(index.span_start[j]), reason)
+        if self.on_error == "raise":
+            raise UserError(f"{damage}; restore the sample, or leave such out with on_error skip")
+        return damage
 
     def name(self, i: int) -> str:
         """Shard and key of a sample, for messages."""
-        shard, j = self._find(i)
-        return f"{self.paths[shard]}: sample {self._indexes[shard].key_of(j)!r}"
+        return f"{self.urls[self._at(i)[0]]}: sample {self.key(i)!r}"
+
+    def key(self, i: int) -> str:
+        s, j = self._at(i)
+        return self._shard(s).index.key_of(j)
 
     def keys(self) -> Iterator[str]:
-        return (index.key_of(j) for index in self._indexes for j in range(len(index.key_end)))
+        return (index.key_of(j) for index in self.indexes() for j in range(len(index)))
 
     def key_hashes(self) -> np.ndarray:
-        """uint64 per sample, for `order.split`."""
+        """uint64 [N], for `order.split`."""
         return key_hashes(self.keys())
 
-    def _find(self, i: int) -> tuple[int, int]:
-        if not 0 <= i < len(self):
-            raise IndexError(f"sample {i} of {len(self)}")
-        shard = int(np.searchsorted(self._start, i, side="right")) - 1
-        return shard, int(i - self._start[shard])
+    def lengths(self, extension: str) -> np.ndarray:
+        """int64 [N]: bytes of the member with this extension, -1 where a sample has none. From the indexes alone."""
+        found = []
+        for index in self.indexes():
+            of_sample = np.full(len(index), -1, np.int64)
+            if extension in index.extensions:
+                members = np.flatnonzero(index.extension == index.extensions.index(extension))
+                of_sample[np.searchsorted(index.member_end, members, side="right")] = index.length[members]
+            found.append(of_sample)
+        return np.concatenate(found)
 
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._open:
-            if len(self._open) >= OPEN_FILES:
-                os.close(self._open.pop(next(iter(self._open))))
+    # --- shards and their indexes --------------------------------------------------------------------------------
+
+    def _catalog(self) -> tuple[list[int], list[str]]:
+        """(samples, SHA-256) of every shard. Of many shards it is kept in one file, so that no index need be opened."""
+        known = None
+        if len(self.urls) >= CATALOG and all(map(plain, self.urls)):
+            stats = [os.stat(url) for url in self.urls]
+            identity = [[os.path.abspath(u), s.st_size, s.st_mtime_ns] for u, s in zip(self.urls, stats)]
+            name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+            known = cache_dir() / "catalog" / f"{name}.json"
             try:
-                self._open[shard] = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+                counts, sums = json.loads(known.read_bytes())
+                return counts, sums
+            except (OSError, ValueError):
+                pass  # not there, or torn
+        if far := [s for s, url in enumerate(self.urls) if not plain(url)]:
+            with ThreadPoolExecutor(ASK) as pool:  # a server may take a tenth of a second to answer
+                for _ in track(pool.map(self._ask, far), "asking for shards", len(far)):
+                    pass
+        counts, sums, exact = [], [], True
+        for s, index in enumerate(track(self.indexes(), "indexing shards", len(self.urls))):
+            counts.append(len(index))
+            sums.append(index.sha256)
+            found = [Damage(self.urls[s], *damage) for damage in index.damage]
+            if plain(self.urls[s]):
+                changed = not fits(index, Path(self.urls[s]))
+                exact = exact and not changed
+                if changed and self.on_error == "raise":
+                    found += OpenShard(Path(self.urls[s]), index, "").faults(self.urls[s])
+            if found and self.on_error == "raise":
+                more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+                raise UserError(f"{found[0]}{more}; {self._advice(s)}")
+            self.damage += found
+        if known and exact and not self.damage:
+            try:
+                known.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(known, json.dumps([counts, sums]).encode())
+            except OSError:
+                pass  # it only saves time
+        return counts, sums
+
+    def indexes(self) -> Iterator[Index]:
+        """Of the shards, in their order."""
+        return (self._open[s].index if s in self._open else self._index(s) for s in range(len(self.urls)))
+
+    def _index(self, s: int) -> Index:
+        url = self.urls[s]
+        if plain(url):
+            return opened(Path(url))
+        size, identity = self._remote(s)
+        home = cache_dir() / "index" / f"{identity[:32]}.idx"
+        index = known_index(url, size, home)
+        if index is None:
+            index = indexed(self._path(s), named=url)
+            _keep(index, home)
+        return index
+
+    def _path(self, s: int) -> Path:
+        """Where the shard lies on this machine; a remote one that the cache has lost is fetched again."""
+        if plain(self.urls[s]):
+            return Path(self.urls[s])
+        from dltrain.data.remote import local
+
+        return local(self.urls[s], pipe=self.pipe, known=self._remote(s))
+
+    def _ask(self, s: int) -> None:
+        size, identity = self._remote(s)
+        known_index(self.urls[s], size, cache_dir() / "index" / f"{identity[:32]}.idx")
+
+    def _remote(self, s: int) -> tuple[int | None, str]:
+        if s not in self._known:
+            from dltrain.data.remote import size_and_identity
+
+            self._known[s] = size_and_identity(self.urls[s], pipe=self.pipe)
+        return self._known[s]
+
+    def _shard(self, s: int) -> OpenShard:
+        if s not in self._open:
+            if len(self._open) >= OPEN:
+                self._open.pop(next(iter(self._open))).close()
+            try:
+                known = stored(Path(self.urls[s])) if plain(self.urls[s]) else None
+                self._open[s] = OpenShard(self._path(s), known or self._index(s), self.urls[s])
             except OSError as error:
-                raise UserError(f"{self.paths[shard]}: {error.strerror}; restore the shard") from error
-        return self._open[shard]
+                raise UserError(f"{self.urls[s]}: {error.strerror}; restore the shard") from error
+        return self._open[s]
+
+    def _advice(self, s: int) -> str:
+        name = os.path.basename(self.urls[s])
+        return f"restore the shard, delete {name}.idx if it was replaced on purpose, or leave such out (on_error skip)"
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}
 
     def __del__(self):
-        for descriptor in self.__dict__.get("_open", {}).values():
-            os.close(descriptor)
+        for shard in self.__dict__.get("_open", {}).values():
+            shard.close()
 
 
-@dataclass(frozen=True)
-class _Index:
-    """The side index of one shard; the format is at the top of this file."""
+def known_index(url: str, size: int | None, home: Path) -> Index | None:
+    """The index of a shard that is not a plain file here, from before (`home`) or published beside the shard."""
+    from dltrain.data import remote
 
-    size: int
-    mtime_ns: int
-    sha256: str
-    extensions: list[str]
-    key: np.ndarray
-    key_end: np.ndarray
-    member_end: np.ndarray
-    extension: np.ndarray
-    offset: np.ndarray
-    length: np.ndarray
-    crc: np.ndarray
-
-    ARRAYS = ("key", "key_end", "member_end", "extension", "offset", "length", "crc")
-
-    def key_of(self, j: int) -> str:
-        start = self.key_end[j - 1] if j else 0
-        return self.key[start : self.key_end[j]].tobytes().decode("utf-8", "surrogateescape")
-
-    def members_of(self, j: int) -> slice:
-        return slice(int(self.member_end[j - 1]) if j else 0, int(self.member_end[j]))
-
-    @classmethod
-    def open(cls, path: Path) -> "_Index":
-        """The stored index of a shard, or a new one if there is none that fits."""
-        stat = path.stat()
-        for stored in _homes(path):
-            try:
-                with open(stored, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-                    meta = json.loads(arrays["meta"].tobytes())
-                    if (meta.pop("version"), meta["size"], meta["mtime_ns"]) == (
-                        VERSION,
-                        stat.st_size,
-                        stat.st_mtime_ns,
-                    ):
-                        return cls(**meta, **{name: arrays[name] for name in cls.ARRAYS})
-            except (OSError, ValueError, KeyError, TypeError, zlib.error, EOFError, zipfile.BadZipFile):
-                continue  # absent, or torn: make it anew
-        index = cls.of(path, named=path)
-        index.save(path)
-        return index
-
-    def save(self, path: Path) -> None:
-        meta = {
-            "version": VERSION,
-            "size": self.size,
-            "mtime_ns": self.mtime_ns,
-            "sha256": self.sha256,
-            "extensions": self.extensions,
-        }
-        arrays = {name: getattr(self, name) for name in self.ARRAYS}
-        arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-        beside, cached = _homes(path)
-        for home in (beside, cached):
-            try:
-                home.parent.mkdir(parents=True, exist_ok=True)
-                with whole(home) as temp, open(temp, "wb") as file:
-                    np.savez(file, **arrays)
-                return
-            except OSError as error:
-                if home is cached:
-                    raise UserError(
-                        f"cannot write {cached}: {error.strerror}; set DLTRAIN_CACHE to a folder with room"
-                    ) from error
-
-    @classmethod
-    def of(cls, path: Path, named: Path) -> "_Index":
-        """Read a whole shard; UserError (calling it `named`) for damage of any kind."""
-        from webdataset.tariterators import base_plus_ext
-
-        extensions: dict[str, int] = {}
-        rows: list[tuple[int, int, int, int]] = []  # extension, offset, length, crc
-        keys: list[str] = []
-        member_end: list[int] = []
-        seen: set[str] = set()
-        here: set[str] = set()  # extensions of the current sample
-        with open(path, "rb") as file:
-            stat = os.fstat(file.fileno())
-            if not stat.st_size:
-                raise UserError(f"{named}: empty file, not a tar; restore the shard or drop it from the pattern")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as bytes_:
-                for name, offset, length in _members(file, bytes_, named):
-                    key, extension = base_plus_ext(name)
-                    if not key or not extension or re.match(r"__[^/]*__($|/)", name):
-                        continue  # as webdataset does: no extension, or its own metadata
-                    extension = extension.lower()
-                    if not keys or key != keys[-1]:
-                        if key in seen:
-                            raise UserError(
-                                f"{named}: sample {key!r} is split, again at byte {offset}; sort the members by name"
-                            )
-                        seen.add(key)
-                        keys.append(key)
-                        member_end.append(len(rows))
-                        here = set()
-                    if extension in here:
-                        raise UserError(
-                            f"{named}: sample {key!r} has two .{extension}, again at byte {offset}; write it anew"
-                        )
-                    here.add(extension)
-                    rows.append(
-                        (
-                            extensions.setdefault(extension, len(extensions)),
-                            offset,
-                            length,
-                            zlib.crc32(bytes_[offset : offset + length]),
-                        )
-                    )
-                    member_end[-1] = len(rows)
-                sha256 = hashlib.sha256(bytes_).hexdigest()
-        encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
-        extension, offset, length, crc = zip(*rows) if rows else ((), (), (), ())
-        return cls(
-            stat.st_size,
-            stat.st_mtime_ns,
-            sha256,
-            list(extensions),
-            np.frombuffer(b"".join(encoded), np.uint8),
-            np.cumsum([len(key) for key in encoded], dtype=np.int64),
-            np.array(member_end, np.int64),
-            np.array(extension, np.uint16),
-            np.array(offset, np.int64),
-            np.array(length, np.int64),
-            np.array(crc, np.uint32),
-        )
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return Index.unpack(memoryview(home.read_bytes()))
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # of another version
+        if (published := remote.beside(url, ".idx")) is not None:
+            index = Index.unpack(memoryview(published))
+            if codec_named(url) or size in (None, index.size):
+                _keep(index, home)
+                return index
+    return None
 
 
-def _members(file: Any, content: mmap.mmap, named: Path) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, length) of every regular file in a tar, which must end as a tar does: with zeros, at least 1,024
-    of them.
-
-    `tarfile` stops at a damaged header as if the archive ended there, so what is left must be looked at.
-    """
-    mend = "restore the shard from its source or write it anew"
-    name = ""
+def _keep(index: Index, home: Path) -> None:
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                name = member.name
-                if member.isreg():
-                    if member.issparse():
-                        raise UserError(f"{named}: {name!r} is sparse; write it anew without holes")
-                    if member.offset_data + member.size > len(content):
-                        raise UserError(f"{named}: truncated at byte {len(content)}, inside {name!r}; {mend}")
-                    yield name, member.offset_data, member.size
-                tar.members.clear()  # type: ignore[attr-defined]  # or it keeps every header
-            end = tar.offset
-    except (tarfile.TarError, ValueError, EOFError) as error:
-        where = f"after {name!r}" if name else "at byte 0"
-        raise UserError(f"{named}: damaged, truncated or not an uncompressed tar {where} ({error}); {mend}") from error
-    left = content[end:]
-    if left.count(0) < len(left):
-        raise UserError(f"{named}: damaged header at byte {end}, after {name!r}; {mend}")
-    if len(left) < 2 * tarfile.BLOCKSIZE:
-        raise UserError(f"{named}: truncated at byte {len(content)}, after {name!r} (no end-of-archive mark); {mend}")
-
-
-def _homes(path: Path) -> tuple[Path, Path]:
-    """Where the index of a shard may lie: beside it, or in the cache folder."""
-    digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
-    return path.with_name(path.name + ".idx"), cache_dir() / "index" / f"{digest}-{path.name}.idx"
+        home.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(home, index.pack())
+    except OSError as error:
+        problem = f"cannot write {home}: {error.strerror}; set DLTRAIN_CACHE to a folder with room"
+        raise UserError(problem) from error

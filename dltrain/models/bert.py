@@ -63,6 +63,16 @@ class LayerNorm(nn.LayerNorm):
         return ops.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
+class AddNorm(LayerNorm):
+    """The end of a post-norm sublayer: the norm of the residual plus what dropout leaves of the sublayer's output."""
+
+    def forward(self, input: Tensor, residual: Tensor, dropout_p: float) -> Tensor:
+        y, _ = ops.layer_norm(
+            input, self.normalized_shape, self.weight, self.bias, self.eps, residual=residual, dropout_p=dropout_p
+        )
+        return y
+
+
 class Embeddings(nn.Module):
     def __init__(self, cfg: BertConfig):
         super().__init__()
@@ -86,19 +96,19 @@ class Layer(nn.Module):
         self.heads, self.dropout = cfg.heads, cfg.dropout
         self.qkv = Linear(cfg.width, 3 * cfg.width)
         self.out = Linear(cfg.width, cfg.width)
-        self.attention_norm = LayerNorm(cfg.width, eps=cfg.layer_norm_eps)
+        self.attention_norm = AddNorm(cfg.width, eps=cfg.layer_norm_eps)
         self.up = Linear(cfg.width, cfg.mlp)
         self.down = Linear(cfg.mlp, cfg.width)
-        self.mlp_norm = LayerNorm(cfg.width, eps=cfg.layer_norm_eps)
+        self.mlp_norm = AddNorm(cfg.width, eps=cfg.layer_norm_eps)
 
-    def forward(self, h_BLD: Tensor, mask_B11L: Tensor) -> Tensor:
+    def forward(self, h_BLD: Tensor, lengths_B: Tensor) -> Tensor:
         q_BHLK, k_BHLK, v_BHLK = self.qkv(h_BLD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         dropout = self.dropout if self.training else 0.0
-        a_BHLK = ops.scaled_dot_product_attention(q_BHLK, k_BHLK, v_BHLK, mask_B11L, dropout)
+        a_BHLK = ops.scaled_dot_product_attention(q_BHLK, k_BHLK, v_BHLK, dropout_p=dropout, key_lengths=lengths_B)
         a_BLD = self.out(a_BHLK.transpose(1, 2).flatten(2))
-        h_BLD = self.attention_norm(h_BLD + F.dropout(a_BLD, self.dropout, self.training))
+        h_BLD = self.attention_norm(a_BLD, h_BLD, dropout)
         m_BLD = self.down(ops.gelu(self.up(h_BLD)))
-        return self.mlp_norm(h_BLD + F.dropout(m_BLD, self.dropout, self.training))
+        return self.mlp_norm(m_BLD, h_BLD, dropout)
 
 
 class Bert(nn.Module):
@@ -123,10 +133,10 @@ class Bert(nn.Module):
                 f"a row of {L} tokens is longer than the model's {self.cfg.positions} positions: raise them"
             )
         # A row of padding alone sees its first token: over no key some attention kernels give 0, others NaN.
-        mask_BL = torch.arange(L, device=ids_BL.device) < lengths_B.clamp(min=1)[:, None]
+        lengths_B = lengths_B.clamp(min=1)
         h_BLD = self.embed(ids_BL, segments_BL)
         for layer in self.layers:
-            h_BLD = layer(h_BLD, mask_BL[:, None, None])
+            h_BLD = layer(h_BLD, lengths_B)
         return h_BLD
 
     def pool(self, h_BLD: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def rows(folder):
 
 def ledger(rows, mine, workers, first=0, last=6):
     """{(step, lane, part): [(epoch, number), ...]} of one process."""
-    loader = Loader(rows, seed=7, batch=12, lanes=6, micro_batch=1, workers=workers)
+    loader = Loader(rows, Order(len(rows), 7), batch=12, lanes=6, micro_batch=1, workers=workers)
     return {
         (step, micro.lane, micro.part): list(zip(micro.batch["epoch"].tolist(), micro.batch["number"].tolist()))
         for step, micros in zip(range(first, last), loader.steps(first, last, mine))
@@ -97,7 +97,7 @@ def test_resume_reads_nothing_before_its_step(rows):
 
 def test_stopping_early_leaves_no_process_and_draws_no_random_number(rows):
     before = torch.get_rng_state()
-    steps = Loader(rows, seed=0, batch=4, lanes=2, micro_batch=2, workers=1).steps(0, 10**9, [0, 1])
+    steps = Loader(rows, Order(len(rows), 0), batch=4, lanes=2, micro_batch=2, workers=1).steps(0, 10**9, [0, 1])
     micro = next(steps)[1]
     assert (micro.lane, micro.part, micro.parts) == (1, 0, 1) and micro.batch["threads"].item() == 1
     assert multiprocessing.active_children()
@@ -112,13 +112,13 @@ def test_damaged_shard_stops_the_run_with_one_line(tmp_path, workers):
     rows = Samples(Shards(str(path)))
     path.write_bytes(path.read_bytes().replace(b"3\0\0\0", b"4\0\0\0", 1))
     with pytest.raises(UserError, match=r"x-000000.tar: sample '003'") as error:
-        list(Loader(rows, seed=0, batch=4, lanes=1, micro_batch=4, workers=workers).steps(0, 1, [0]))
+        list(Loader(rows, Order(len(rows), 0), batch=4, lanes=1, micro_batch=4, workers=workers).steps(0, 1, [0]))
     assert "\n" not in str(error.value)
 
 
 def test_state_says_what_differs(rows, tmp_path):
     def loader(rows=rows, seed=7, batch=12):
-        return Loader(rows, seed=seed, batch=batch, lanes=1, micro_batch=1, workers=0)
+        return Loader(rows, Order(len(rows), seed), batch=batch, lanes=1, micro_batch=1, workers=0)
 
     state = loader().state(10**8)
     assert state["position"] == 12 * 10**8 and len(repr(state)) < 1000
@@ -126,8 +126,8 @@ def test_state_says_what_differs(rows, tmp_path):
     other = Samples(Shards(str(write_shards([{"__key__": "a", "txt": "1"}], tmp_path, "x", 1)[0])))
     for changed, words in (
         (loader(seed=8), "seed is 8"),
-        (loader(batch=6), "batch is 6"),
-        (loader(other), "the data has changed"),
+        (loader(batch=6), "batch sizes"),
+        (loader(other), "fingerprint is"),
     ):
         with pytest.raises(UserError, match=words):
             changed.check(state)
@@ -135,8 +135,9 @@ def test_state_says_what_differs(rows, tmp_path):
 
 def test_no_rows(tmp_path):
     (tmp_path / "0.tar").write_bytes(bytes(10240))
+    empty = Samples(Shards(str(tmp_path)))
     with pytest.raises(UserError, match="no rows"):
-        Loader(Samples(Shards(str(tmp_path))), seed=0, batch=1, lanes=1, micro_batch=1, workers=0)
+        Loader(empty, Order(1, 0), batch=1, lanes=1, micro_batch=1, workers=0)
 
 
 def test_a_pass_sees_each_row_once_and_ends_in_padding(rows):

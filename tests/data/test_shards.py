@@ -10,7 +10,8 @@ import pytest
 
 from dltrain.data import shards as shards_module
 from dltrain.data.order import split
-from dltrain.data.shards import Shards, expand, write_shards
+from dltrain.data.shards import Shards, write_shards
+from dltrain.data.urls import expand
 from dltrain.errors import UserError
 
 
@@ -42,7 +43,8 @@ def test_round_trip_bytes_and_pickle(tmp_path):
     assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in again]
     shards = Shards(str(tmp_path / "a"))
     assert len(shards) == 25
-    assert shards[13] == {"__key__": "s/00013", "txt": b"text 13 " * 6, "cls": b"3", "seg.png": bytes([13]) * 13}
+    want = {"__key__": "s/00013", "__url__": str(paths[1]), "txt": b"text 13 " * 6, "cls": b"3"}
+    assert shards[13] == want | {"seg.png": bytes([13]) * 13}
     copy = pickle.loads(pickle.dumps(shards))
     assert [copy[i] for i in range(25)] == [shards[i] for i in range(25)]
     assert shards.fingerprint == Shards(str(tmp_path / "b" / "x-00000{0..2}.tar")).fingerprint
@@ -58,9 +60,7 @@ def test_webdataset_reads_ours(tmp_path):
     paths = write_shards(samples(12), tmp_path, "x", 5)
     theirs = list(WebDataset([str(path) for path in paths], shardshuffle=False, empty_check=False))
     ours = Shards(str(tmp_path))
-    assert [{k: v for k, v in sample.items() if k not in ("__url__", "__local_path__")} for sample in theirs] == [
-        ours[i] for i in range(12)
-    ]
+    assert [{k: v for k, v in sample.items() if k != "__local_path__"} for sample in theirs] == list(ours)
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -68,17 +68,18 @@ def test_reads_what_tarfile_writes(tmp_path, format):
     long = "" if format == tarfile.USTAR_FORMAT else "d" * 90 + "/" + "é" * 120 + "/" + "k" * 150
     names = ["a.JPG", "a.txt", "b.txt", "__meta__/c.json", "no_extension"] + ([f"{long}.txt"] if long else [])
     shards = Shards(str(tar(tmp_path / "x.tar", names, format)))
+    url = {"__url__": shards.urls[0]}
     assert [shards[i] for i in range(2)] == [
-        {"__key__": "a", "jpg": b"a.JPG", "txt": b"a.txt"},
-        {"__key__": "b", "txt": b"b.txt"},
+        {"__key__": "a", "jpg": b"a.JPG", "txt": b"a.txt"} | url,
+        {"__key__": "b", "txt": b"b.txt"} | url,
     ]
     if long:
-        assert shards[2] == {"__key__": long, "txt": f"{long}.txt".encode()}
+        assert shards[2] == {"__key__": long, "txt": f"{long}.txt".encode()} | url
     assert len(shards) == 2 + bool(long)
 
 
 def test_many_shards_with_few_descriptors(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards_module, "OPEN_FILES", 2)
+    monkeypatch.setattr(shards_module, "OPEN", 2)
     write_shards(samples(6), tmp_path, "x", 1)
     shards = Shards(str(tmp_path))
     assert [shards[i]["__key__"] for i in (0, 1, 2, 3, 4, 5, 0, 3)] == [f"s/{i:05d}" for i in (0, 1, 2, 3, 4, 5, 0, 3)]
@@ -97,13 +98,14 @@ def test_empty_and_uneven_shards(tmp_path):
 def test_expand(tmp_path):
     for name in ("a-0", "a-1", "b"):
         tar(tmp_path / f"{name}.tar", [])
-    a0, a1, b = (tmp_path / f"{name}.tar" for name in ("a-0", "a-1", "b"))
+    a0, a1, b = (str(tmp_path / f"{name}.tar") for name in ("a-0", "a-1", "b"))
     assert expand(f"{tmp_path}/a-{{0..1}}.tar") == [a0, a1]
     assert expand(f"{b},{tmp_path}/a-{{0..1}}.tar") == [b, a0, a1]
     assert expand(f"{tmp_path}/a-{{1,0}}.tar") == [a1, a0]
     odd = tar(tmp_path / "c,{1}[2].tar", [])
-    assert expand(str(odd)) == [odd]
+    assert expand(str(odd)) == [str(odd)]
     odd.unlink()
+    assert expand([b, f"{tmp_path}/a-*.tar"]) == [b, a0, a1]
     assert expand(f"{tmp_path}/*.tar") == expand(str(tmp_path)) == [a0, a1, b]
     (tmp_path / "none").mkdir()
     for pattern, word in (
@@ -119,14 +121,25 @@ def test_expand(tmp_path):
         assert word in str(error.value) and repr(pattern) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_index_is_made_again_when_stale_or_torn(tmp_path):
+def test_an_index_that_is_torn_is_made_again(tmp_path):
     (path,) = write_shards(samples(4), tmp_path, "x", 9)
     first = Shards(str(path)).fingerprint
     index = path.with_name("x-000000.tar.idx")
     made = index.read_bytes()
-    index.write_bytes(made[: len(made) // 2])
-    assert Shards(str(path)).fingerprint == first and index.read_bytes() == made
+    for torn in (made[: len(made) // 2], made[:-1] + b"?", b"", b"dltidx01" + made[8:]):
+        index.write_bytes(torn)
+        assert Shards(str(path)).fingerprint == first and index.read_bytes() == made
+
+
+def test_an_index_is_believed_and_a_shard_that_has_changed_is_not(tmp_path):
+    (path,) = write_shards(samples(4), tmp_path, "x", 9)
+    first = Shards(str(path)).fingerprint
+    os.utime(path, ns=(0, 0))  # touched, or copied
+    assert Shards(str(path)).fingerprint == first
     write_shards(samples(5), tmp_path / "other", "x", 9)[0].rename(path)
+    with pytest.raises(UserError, match=r"x-000000.tar: .*delete x-000000.tar.idx"):
+        Shards(str(path))
+    path.with_name("x-000000.tar.idx").unlink()
     assert len(Shards(str(path))) == 5
 
 
@@ -155,12 +168,12 @@ def damaged(path: Path, edit) -> UserError:
     [
         (
             lambda blob: blob.__setitem__(1536 + 3, blob[1536 + 3] ^ 4),
-            "damaged header at byte 1536",
+            "byte 1536: damaged tar header",
         ),  # the second sample's
-        (lambda blob: blob.__setitem__(3, blob[3] ^ 4), "not an uncompressed tar"),
-        (lambda blob: blob.__setitem__(slice(1536, 2048), bytes(512)), "damaged header at byte 1536"),
+        (lambda blob: blob.__setitem__(3, blob[3] ^ 4), "byte 0: damaged tar header"),
+        (lambda blob: blob.__setitem__(slice(1536, 2048), bytes(512)), "byte 1536: damaged tar header"),
         (lambda blob: blob.__delitem__(slice(2048 + 100, None)), "truncated"),
-        (lambda blob: blob.__delitem__(slice(1536, None)), "truncated at byte 1536"),  # at a member's border
+        (lambda blob: blob.__delitem__(slice(1536, None)), "byte 1536: truncated"),  # at a member's border
         (lambda blob: blob.clear(), "empty file"),
         (lambda blob: blob.__setitem__(slice(None), b"not a tar" * 300), "not an uncompressed tar"),
     ],
@@ -173,8 +186,10 @@ def test_damage_is_named(tmp_path, edit, words):
 
 def test_split_and_duplicate_samples_are_refused(tmp_path):
     for name, names, words in (
-        ("split", ["a.txt", "b.txt", "a.cls"], "'a' is split"),
+        ("split", ["a.txt", "b.txt", "a.cls"], "sample 'a', byte 0: the key occurs twice"),
         ("duplicate", ["a.txt", "a.TXT"], "two .txt"),
+        ("outside", ["a.txt", "../b.txt"], "leaves the folder"),
+        ("root", ["a.txt", "/b.txt"], "leaves the folder"),
     ):
         with pytest.raises(UserError, match=words):
             Shards(str(tar(tmp_path / f"{name}.tar", names)))
@@ -196,7 +211,7 @@ def test_every_flipped_bit_of_a_payload_is_caught(tmp_path):
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as a failing disk does it: nothing else changes
     shards = Shards(str(path))
     assert shards[18]["seg.png"] == bytes([18]) * 18
-    with pytest.raises(UserError, match=f"'s/00019', member .seg.png at byte {offset - 7}") as error:
+    with pytest.raises(UserError, match=f"'s/00019', byte {offset - 7}: payload of .seg.png") as error:
         shards[19]
     assert str(path) in str(error.value)
 

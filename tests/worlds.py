@@ -1,15 +1,35 @@
 """Start worlds of processes cheaply: from a fork server that has imported torch and dltrain, a rank starts at once."""
 
+import functools
 import multiprocessing as mp
 import os
 import socket
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any
 
 _context = mp.get_context("forkserver")
 os.environ["DS_ACCELERATOR"] = "cpu"
-_context.set_forkserver_preload(["toy", "torch.utils.tensorboard", "deepspeed"])
+_context.set_forkserver_preload(
+    ["toy", "torch._dynamo", "torch.utils.tensorboard", "deepspeed", "webdataset.compat", "dltrain.data.loader"]
+)
+
+
+@functools.cache
+def _serve() -> None:
+    """Start the fork server. It looks for modules in the folders of PYTHONPATH, not in ours: without `tests` there it
+    imports nothing, says nothing, and every rank imports everything."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), before]))
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 class Died(Exception):
@@ -29,6 +49,7 @@ def launch(
 
     Raises Died with the exit codes or the first traceback if one of them does not return.
     """
+    _serve()
     port, results, processes = free_port(), [], []
     for rank in range(world):
         local = local_world or world

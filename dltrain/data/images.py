@@ -25,6 +25,7 @@ EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm")
 # it is resized to. At 2 (Pillow's advice for its `reducing_gap`) photographs differ by 0.3 of 255 in the mean and 13 at
 # most from the same box cut out of the whole image; at 1 by 1.1 and 46.
 SHARP = 2.0
+HUGE = 1 << 22  # bytes from which on numpy asks Linux for huge pages: only what is written becomes real
 
 
 class ImageRows:
@@ -94,7 +95,7 @@ class ImageRows:
         box_K4 = self.crop.boxes(key_M[np.array(row_K, np.int64)], *sizes)
         mirrored = (uniform(key_M, "flip", 1)[:, 0] < self.flip).tolist()
         places = image_MCHW.split(1)
-        buffer = np.empty(3 * int((sizes[0] * sizes[1]).max(initial=0)), np.uint8)
+        buffer = np.empty(max(HUGE, 3 * int((sizes[0] * sizes[1]).max(initial=0))), np.uint8)
         for m, picture, box in zip(row_K, pictures, box_K4.tolist()):
             try:
                 cut(picture, box, self.size, mirrored[m], places[m], buffer)
@@ -172,4 +173,4 @@ def resize(part_HWC: np.ndarray, size: int, mirrored: bool, out_1CHW: Tensor) ->
     if part_HWC.shape[:2] == (size, size):
         out_1CHW.copy_(part_1CHW)
     else:  # what F.interpolate calls, and that has no `out`: the copy would be a tenth of the whole
-        torch._C._nn._upsample_bilinear2d_aa(part_1CHW, (size, size), False, out=out_1CHW)
+        torch._C._nn._upsample_bilinear2d_aa(part_1CHW, (size, size), False, out=out_1CHW)  # type: ignore[attr-defined]

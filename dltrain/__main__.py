@@ -9,11 +9,11 @@ from dltrain.errors import UserError
 
 USAGE = """usage: dltrain COMMAND ...
 
-  dltrain report RUN        write RUN/report.html: one page with the curves, the configuration and the results
-  dltrain export RUN DIR    write the newest checkpoint's weights as DIR, in Hugging Face's layout
-  dltrain prove RUN RUN     compare two runs to the bit: "identical" and exit code 0, or the first difference and 1
-  dltrain shards KIND SRC DST     make webdataset shards of images, text, jsonl, parquet, idx, imagenet or cifar10
-  dltrain data WHAT PATTERN       index, verify, stats, show, bench or explain shards
+  dltrain report RUN            write RUN/report.html: one page with the curves, the configuration and the results
+  dltrain export RUN DIR        write the newest checkpoint's weights as DIR, in Hugging Face's layout
+  dltrain prove RUN RUN         compare two runs to the bit: "identical" and exit code 0, or the first difference and 1
+  dltrain shards KIND SRC DST   make webdataset shards of images, text, jsonl, parquet, idx, imagenet or cifar10
+  dltrain data WHAT PATTERN     index, verify, stats, show or explain shards; bench how fast they are read
 """
 
 

@@ -83,7 +83,8 @@ def verify(pattern: list[str], pipe: bool, json: str | None) -> None:
     unsure = sum(not shard.index for shard in shards)
     so_far = f", as far as can be told of {unsure:,} without an index" if unsure else ""
     if damage:
-        print(f"{len(damage):,} faults in {sum(bool(s.damage) for s in shards):,} of {len(shards):,} shards{so_far}")
+        word = "fault" if len(damage) == 1 else "faults"
+        print(f"{len(damage):,} {word} in {sum(bool(s.damage) for s in shards):,} of {len(shards):,} shards{so_far}")
     else:
         print(f"{samples:,} samples in {len(shards):,} shards: whole{so_far}")
     if json:

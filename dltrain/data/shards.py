@@ -1,4 +1,4 @@
-"""Plain webdataset shards, any sample one step away: the only importer of webdataset, with `stages` and `index`.
+"""Plain webdataset shards, any sample one step away.
 
 A shard is a tar on this machine, or somewhere else (see `remote`), or compressed: what is not a plain file here is
 brought into the cache once. Its index (see `index`) says where each sample lies and what its bytes must be; nothing is
@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +33,7 @@ from dltrain.progress import track
 OPEN = 256  # shards that a process keeps open; the one that was opened first is closed beyond that
 BLOCK = 4096  # samples in file order whose places are looked up at a time
 ASK = 16  # remote shards that servers are asked for at a time
+TOLD = 3  # of what could not be indexed
 CATALOG = 64  # from so many shards on, what the indexes say together is kept in one file
 
 OnError = Literal["raise", "skip", "substitute"]
@@ -96,6 +98,10 @@ class Shards:
         self._known: dict[int, tuple[int | None, str]] = {}  # what remote shards are, so that no server is asked twice
         self.damage: list[Damage] = []  # of samples that no index has: they were damaged when it was made
         counts, sums = self._catalog()
+        for damage in self.damage[:TOLD]:
+            print(f"left out: {damage}", file=sys.stderr)
+        if len(self.damage) > TOLD:
+            print(f"left out: {len(self.damage) - TOLD:,} more, which dltrain data verify lists", file=sys.stderr)
         self.counts_S = np.array(counts, np.int64)
         self._start = np.concatenate([[0], np.cumsum(self.counts_S)])
         self.fingerprint = hashlib.sha256("".join(sums).encode()).hexdigest()

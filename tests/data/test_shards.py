@@ -244,3 +244,13 @@ def test_split_depends_on_keys_alone(tmp_path):
         assert len(out) == 1 and len(training) == n - 1
     with pytest.raises(UserError, match="at least 2"):
         split(shards.key_hashes()[:1])
+
+
+def test_what_could_not_be_indexed_is_told_when_it_is_left_out(tmp_path, capsys):
+    path = tar(tmp_path / "x.tar", [f"{letter}.txt" for letter in "abcdef"])
+    blob = bytearray(path.read_bytes())
+    blob[1024 + 3] ^= 4  # the header of b
+    path.write_bytes(blob)
+    shards = Shards(str(path), on_error="skip")
+    assert [sample["__key__"] for sample in shards] == list("acdef")
+    assert capsys.readouterr().err.count("byte 1024: damaged tar header") == 1

@@ -19,7 +19,7 @@ RECORD = 8  # numbers of a record before those of its members
 CHUNK = 384 << 10  # bytes of neighbours that are checked at once: they are still in the processor's cache when copied
 
 # The loops over samples are compiled for the names of the members, as namedtuple does, since a loop over the members
-# would double the time that a sample takes. Both give a sample that is not intact by calling wrong(its number).
+# would double the time that a sample takes.
 SCATTERED = """
 def read(records, opened, wrong):
     for i, shard, start, end, before, running, key, key_end{bounds} in records:
@@ -31,15 +31,12 @@ def read(records, opened, wrong):
             yield wrong(i)
 """
 NEIGHBOURS = """
-def read(records, content, keys, url, checked, wrong):
-    edge = 0
-    for i, end, key, key_end{bounds} in records:
-        if end > edge:
-            edge = checked(i)
-            if end > edge:
-                yield wrong(i)
-                continue
-        yield {{"__key__": keys[key:key_end], "__url__": url{members}}}
+def read(chunks, content, keys, url):
+    for records, sample in chunks:
+        if sample:
+            yield sample
+        for key, key_end{bounds} in records:
+            yield {{"__key__": keys[key:key_end], "__url__": url{members}}}
 """
 
 
@@ -49,7 +46,7 @@ def loop(template: str, names: tuple[str, ...]) -> Callable[..., Iterator[dict[s
     bounds = "".join(f", a{k}, b{k}" for k in range(len(names)))
     members = "".join(f", {name!r}: content[a{k}:b{k}]" for k, name in enumerate(names))
     space: dict[str, Any] = {"crc32c": crc32c}
-    exec(template.format(bounds=bounds, members=members.replace("{", "{{").replace("}", "}}")), space)
+    exec(template.format(bounds=bounds, members=members), space)
     return space["read"]
 
 
@@ -105,20 +102,27 @@ class OpenShard:
 
     def neighbours(self, first: int, last: int, wrong: Callable[[int], dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The samples first ... last - 1; `wrong` is told which of the shard."""
-        records = self.records[first:last]
-        lean = np.empty((len(records), self.width - 4), np.int64)
-        lean[:, 0], lean[:, 1], lean[:, 2:4] = np.arange(first, last), records[:, 3], records[:, 6:8]
-        lean[:, 4:] = records[:, RECORD:] + records[:, 2:3]
+        chunks = self._chunks(first, last, wrong)
+        return loop(NEIGHBOURS, self.names)(chunks, self.content, self.text, self.url)
 
-        def checked(j: int) -> int:
-            """The end of sample j's neighbours that are known to be intact; 0 if it is not itself."""
-            many = int(np.searchsorted(self.index.span_end, self.index.span_start[j] + CHUNK))
-            for stop in (min(max(many, j + 1), last), j + 1):
-                if self.index.intact(self.now(), j, stop):
-                    return int(self.index.span_end[stop - 1])
-            return 0
-
-        return loop(NEIGHBOURS, self.names)(lean.tolist(), self.content, self.text, self.url, checked, wrong)
+    def _chunks(
+        self, first: int, last: int, wrong: Callable[[int], dict[str, Any]]
+    ) -> Iterator[tuple[list[list[int]], dict[str, Any] | None]]:
+        """Records of samples that have just been checked, or what stands for one that is not intact."""
+        index, records = self.index, self.records[first:last]
+        lean = np.empty((len(records), self.width - RECORD + 2), np.int64)  # bounds of the key and of members
+        lean[:, :2], lean[:, 2:] = records[:, 6:8], records[:, RECORD:] + records[:, 2:3]
+        start = first
+        while start < last:
+            many = int(np.searchsorted(index.span_end, index.span_start[start] + CHUNK))
+            stop = min(max(many, start + 1), last)
+            if index.intact(self.now(), start, stop):
+                yield lean[start - first : stop - first].tolist(), None
+            else:
+                for j in range(start, stop):
+                    good = index.intact(self.now(), j, j + 1)
+                    yield (lean[j - first : j - first + 1].tolist(), None) if good else ([], wrong(j))
+            start = stop
 
     @cached_property
     def records(self) -> np.ndarray:

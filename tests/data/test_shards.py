@@ -6,6 +6,7 @@ import pickle
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dltrain.data import shards as shards_module
@@ -76,6 +77,16 @@ def test_reads_what_tarfile_writes(tmp_path, format):
     if long:
         assert shards[2] == {"__key__": long, "txt": f"{long}.txt".encode()} | url
     assert len(shards) == 2 + bool(long)
+
+
+def test_extensions_of_any_letters(tmp_path):
+    """Names of members become part of a compiled loop."""
+    odd = ["x{0}", "it's", 'a"b', "b\\n", "{bounds}", "é"]
+    tar(tmp_path / "x.tar", [f"{key}.{extension}" for key in "ab" for extension in odd])
+    shards = Shards(str(tmp_path / "x.tar"))
+    want = [{extension: f"{key}.{extension}".encode() for extension in odd} for key in "ab"]
+    for found in (list(shards), shards.read(np.array([1, 0]))[::-1]):
+        assert [{k: v for k, v in sample.items() if k[:2] != "__"} for sample in found] == want
 
 
 def test_many_shards_with_few_descriptors(tmp_path, monkeypatch):

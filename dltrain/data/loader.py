@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dltrain.data.index import Damage
-from dltrain.data.order import Ordering, require_same
+from dltrain.data.order import Ordering
 from dltrain.data.ramp import Ramp
 from dltrain.errors import UserError
 
@@ -113,8 +113,13 @@ class Loader:
 
     def check(self, state: dict[str, Any]) -> None:
         """UserError naming what differs if a run with `state` would not go on with the rows it left off at."""
-        now, position = {"fingerprint": self.rows.fingerprint, "rows": len(self.rows)}, state["position"]
-        require_same(now, {name: state.get(name) for name in now})
+        position = state["position"]
+        for name, now in (("fingerprint", self.rows.fingerprint), ("rows", len(self.rows))):
+            if state.get(name) != now:
+                raise UserError(
+                    f"the data has changed: {name} is {now}, the checkpoint has {state.get(name)}; restore it or start "
+                    "a new run"
+                )
         self.order.check(state["order"], position)
         self.ramp.check(state, position)
 

@@ -127,7 +127,7 @@ def test_state_says_what_differs(rows, tmp_path):
     for changed, words in (
         (loader(seed=8), "seed is 8"),
         (loader(batch=6), "batch sizes"),
-        (loader(other), "fingerprint is"),
+        (loader(other), "the data has changed"),
     ):
         with pytest.raises(UserError, match=words):
             changed.check(state)

@@ -102,9 +102,11 @@ def watch(*reached: torch.Tensor) -> Iterator[Report]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     _report, _extra[:] = Report(), reached
     object.__setattr__(options, "debug", True)
-    torch.use_deterministic_algorithms(True, warn_only=False)  # torch.empty gives NaN
+    torch.use_deterministic_algorithms(True, warn_only=False)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore  # torch.empty gives NaN
     try:
         yield _report
     finally:
@@ -112,6 +114,7 @@ def watch(*reached: torch.Tensor) -> Iterator[Report]:
         _extra.clear()
         object.__setattr__(options, "debug", False)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore
 
 
 # ---- launches ----

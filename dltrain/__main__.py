@@ -1,17 +1,18 @@
-"""dltrain report RUN | export RUN DIR | prove RUN RUN: what one does with run directories."""
+"""The command line: what one does with run directories, shards and claims."""
 
-import importlib
 import sys
 from pathlib import Path
 
-from dltrain.config import dress, leave
+from dltrain.config import leave
 from dltrain.errors import UserError
 
 USAGE = """usage: dltrain COMMAND ...
 
   dltrain report RUN            write RUN/report.html: one page with the curves, the configuration and the results
   dltrain export RUN DIR        write the newest checkpoint's weights as DIR, in Hugging Face's layout
+  dltrain sample RUN            continue a --prompt with the newest checkpoint of a language model
   dltrain prove RUN RUN         compare two runs to the bit: "identical" and exit code 0, or the first difference and 1
+  dltrain claims [RECIPE ...]   run recipes' claims and record what was measured; exit code 1 where one is not shown
   dltrain shards KIND SRC DST   make webdataset shards of images, text, jsonl, parquet, idx, imagenet or cifar10
   dltrain data WHAT PATTERN     index, verify, stats, show or explain shards; bench how fast they are read
 """
@@ -26,14 +27,25 @@ def main() -> None:
 
                 print(report(Path(run)))
             case ["export", run, folder]:
-                export(Path(run), Path(folder))
+                from dltrain.commands.trained import trained
+
+                recipe, cfg, weights = trained(Path(run), "export")
+                recipe.export(cfg, weights, Path(folder))
                 print(folder)
+            case ["sample", *arguments]:
+                from dltrain.commands import sample
+
+                sample.main(arguments)
             case ["prove", a, b]:
                 from dltrain.prove import prove
 
                 same, words = prove(Path(a), Path(b))
                 print(words)
                 sys.exit(0 if same else 1)
+            case ["claims", *arguments]:
+                from dltrain.commands import claims
+
+                claims.main(arguments)
             case ["shards", *arguments]:
                 from dltrain.commands import shards
 
@@ -50,27 +62,6 @@ def main() -> None:
     except UserError as error:
         print(f"dltrain: {error}", file=sys.stderr)
         leave(2)
-
-
-def export(run: Path, folder: Path) -> None:
-    """Hand the newest whole checkpoint of a run to its recipe's own `export(cfg, weights, folder)`.
-
-    Raises:
-        UserError: for a folder that is no run, has no whole checkpoint, or whose recipe exports nothing.
-    """
-    from dltrain import checkpoint, rundir
-
-    described = rundir.read_json(run / "config.json")
-    try:
-        recipe = importlib.import_module(f"dltrain.recipes.{described['recipe']}")
-    except ModuleNotFoundError:
-        raise UserError(f"{run} is of the recipe {described['recipe']!r}, which is not one of dltrain's") from None
-    if not hasattr(recipe, "export"):
-        raise UserError(f"the recipe {described['recipe']} has no export")
-    found = checkpoint.newest(run / "checkpoints", lambda path, why: print(f"skipping {path}: {why}", file=sys.stderr))
-    if found is None:
-        raise UserError(f"{run} has no whole checkpoint yet")
-    recipe.export(dress(recipe.Config, described["config"]), checkpoint.read(found[0]), folder)
 
 
 if __name__ == "__main__":

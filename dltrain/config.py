@@ -17,11 +17,17 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """What every recipe has. A recipe's own dataclass adds its knobs."""
+class Settings:
+    """What every command line of a recipe has; enough for a study, which is a grid of small things and not one run."""
 
     out: str = ""  # run directory; empty: runs/RECIPE-PRESET
     seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Settings):
+    """What every recipe has that trains a model. A recipe's own dataclass adds its knobs."""
+
     steps: int = 1000  # optimizer steps
     batch: int = 32  # rows per optimizer step, over all ranks
     micro_batch: int = 0  # rows per forward; 0: all rows of a lane
@@ -41,6 +47,7 @@ class Config:
     debug: bool = False  # a checklist instead of a run: one process, deterministic, a minute
 
 
+S = TypeVar("S", bound=Settings)
 C = TypeVar("C", bound=Config)
 
 # These may differ from one launch of a run to the next. All else decides the numbers and belongs to the run.
@@ -58,7 +65,7 @@ def digest(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def recipe_name(cfg: Config) -> str:
+def recipe_name(cfg: Settings) -> str:
     """The stem of the file that defines the recipe's Config."""
     return Path(getattr(sys.modules[type(cfg).__module__], "__file__", None) or "recipe").stem
 
@@ -143,7 +150,7 @@ def settle(
     return cfg, threads
 
 
-def parse(config: type[C], presets: Mapping[str, C], recipe: str, argv: list[str], description: str = "") -> C:
+def parse(config: type[S], presets: Mapping[str, S], recipe: str, argv: list[str], description: str = "") -> S:
     """`[PRESET] --field value ...` -> a config; the first preset is the default.
 
     Raises:
@@ -165,20 +172,28 @@ def parse(config: type[C], presets: Mapping[str, C], recipe: str, argv: list[str
     return tyro.cli(config, default=default, args=rest, description=usage, prog=f"{recipe}.py [PRESET]")
 
 
-def answer_help(config: type[C], presets: Mapping[str, C]) -> None:
+def answer_help(config: type[S], presets: Mapping[str, S]) -> None:
     """Where the command line asks for --help: print it and exit. A recipe calls this before it imports torch."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         cli(lambda cfg: None, config, presets)
 
 
-def cli(main: Callable[[Any], None], config: type[C], presets: Mapping[str, C] | None = None) -> None:
-    """Run a recipe: read its command line, call `main`, turn a user's mistake into one line and exit code 2."""
+def cli(
+    main: Callable[[Any], Any],
+    config: type[S],
+    presets: Mapping[str, S] | None = None,
+    claim: Callable[[Any], None] | None = None,
+) -> None:
+    """Run a recipe: read its command line, call `main`, turn a user's mistake into one line and exit code 2.
+
+    The preset "claim" is not one run but what `claim` makes of several; its --debug is that of one.
+    """
     module = sys.modules[config.__module__]
     recipe = Path(module.__file__ or "recipe").stem
     try:
-        main(
-            parse(config, presets or {"default": config()}, recipe, sys.argv[1:], (module.__doc__ or "").split("\n")[0])
-        )
+        described = (module.__doc__ or "").split("\n")[0]
+        cfg = parse(config, presets or {"default": config()}, recipe, sys.argv[1:], described)
+        (claim if claim and sys.argv[1:2] == ["claim"] and not getattr(cfg, "debug", False) else main)(cfg)
     except UserError as error:
         if not error.told:
             print(f"{recipe}: {error}", file=sys.stderr, flush=True)

@@ -64,6 +64,19 @@ def sgd(lr: float, momentum: float = 0.0, decay: float = 0.0, nesterov: bool = F
     return build
 
 
+def take_turns(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Let only those parameter groups move whose `turn` is true; the others' state stays as it is, as if every group
+    had an optimizer of its own. For players who train in turns (Goodfellow et al. 2014, algorithm 1)."""
+
+    def skip_idle(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        for group in optimizer.param_groups:
+            for p in group["params"] if not group["turn"] else []:
+                p.grad = None
+
+    optimizer.register_step_pre_hook(skip_idle)
+    return optimizer
+
+
 def _parameters(module: nn.Module) -> list[nn.Parameter]:
     """Trainable parameters in the order of their names, which is the order of the optimizer's state."""
     named = sorted((name, p) for name, p in module.named_parameters() if p.requires_grad)

@@ -3,6 +3,7 @@
 The only importer of matplotlib.
 """
 
+import base64
 import io
 import math
 import os
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dltrain import rundir
 from dltrain.errors import UserError
@@ -30,7 +31,7 @@ def report(out: Path) -> Path:
 
     Beside what `rundir` lists it shows results.json, which a recipe may write at its end: {"figures": [{"name",
     "value", "baseline", "better": "lower" or "higher"}], "samples": [{"masked": sentence with a [MASK], "filled": word,
-    "truth": word}], "notes": [text]}.
+    "truth": word}], "notes": [text], "pictures": [PNG below `out`]}.
 
     Raises:
         UserError: where `out` is no run directory, or one of its JSON files is torn.
@@ -52,6 +53,7 @@ def report(out: Path) -> Path:
         f"<p class=lead>{_verdict(config, metrics + saves, speed, results)}</p></header>",
         _tiles(metrics, speed),
         _results(results),
+        _section("Pictures", "".join(_picture(out / name) for name in results.get("pictures", []))),
         _charts(metrics, speed),
         _section(
             "Command", f"<pre>{escape(command.read_text(errors='replace').strip())}</pre>" if command.exists() else ""
@@ -64,6 +66,11 @@ def report(out: Path) -> Path:
     page = _PAGE.format(title=escape(f"{recipe}: {out.resolve().name}"), style=_STYLE, body="\n".join(body))
     rundir.write_atomic(out / "report.html", page.encode(errors="replace"))
     return out / "report.html"
+
+
+def figure(name: str, value: float, baseline: float, better: Literal["lower", "higher"]) -> dict[str, Any]:
+    """An entry of results.json's "figures"."""
+    return {"name": name, "value": value, "baseline": baseline, "better": better}
 
 
 def conclude(run: Any, results: Callable[[], dict[str, Any]]) -> None:
@@ -213,6 +220,15 @@ def _samples(samples: list[Row]) -> str:
         rows.append(f"<tr><td class=text>{masked}</td><td{right}>{filled}</td><td>{truth}</td></tr>")
     head = "<tr><th>held-out sentence<th>the model<th>the truth</tr>"
     return f"<div class=scroll><table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>" if rows else ""
+
+
+def _picture(path: Path) -> str:
+    """A PNG inside the page, which is one file, and a link to the PNG itself; nothing if it is no longer there."""
+    if not path.exists():
+        return ""
+    data = base64.b64encode(path.read_bytes()).decode()
+    image = f"<img alt='{escape(path.name)}' src='data:image/png;base64,{data}' style='max-width:100%'>"
+    return f"<figure><a href='{escape(path.name)}'>{image}</a></figure>"
 
 
 def _charts(metrics: list[Row], speed: list[Row]) -> str:

@@ -144,14 +144,14 @@ def describe(out: Path, *, recipe: str, config: dict[str, Any], command: list[st
     """
     with saving(out):
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    environment, patch = _environment()
+    found, patch = environment()
     asked = {"recipe": recipe, "hash": digest(plain(config)), "config": config}
     event: dict[str, Any] = {"command": shlex.join(command), "hash": asked["hash"]}
     if (out / "command.txt").exists():
         event["config"] = _changes(read_json(out / "config.json")["config"], config)
-        event["environment"] = _changes(read_json(out / "environment.json"), environment)
+        event["environment"] = _changes(read_json(out / "environment.json"), found)
     write_json(out / "config.json", asked)
-    write_json(out / "environment.json", environment)
+    write_json(out / "environment.json", found)
     if patch:
         write_atomic(out / "diff.patch", patch)
     else:
@@ -166,8 +166,8 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]
     return {key: [before.get(key), now.get(key)] for key in sorted(before | now) if before.get(key) != now.get(key)}
 
 
-def _environment() -> tuple[dict[str, Any], bytes]:
-    """What environment.json holds, and diff.patch. Nothing in it names the machine or its user."""
+def environment() -> tuple[dict[str, Any], bytes]:
+    """What environment.json holds, and diff.patch (empty: no change). Nothing in it names the machine or its user."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -168,6 +168,9 @@ class Lanes:
 
     def _combine(self) -> None:
         if self.backend or (self.sharded and self.launch.world > 1):
+            for p in self.params:
+                if p.grad is None:  # in no lane's loss: zero, as the tree has it
+                    p.grad = torch.zeros_like(p)
             return
         if self.launch.world > 1:
             nodes, self.tree.nodes = self.tree.nodes, {}

@@ -10,12 +10,11 @@ next-sentence term is weighted by the row's number of predictions, so that one g
 second half that was replaced is not used elsewhere in that epoch, and what replaces it is of about its length, or the
 length would tell; rows of 512 tokens throughout in `base` and `large`.
 
-Measured: see docs/bert.md, which the commands named there regenerate.
+Measured: docs/bert.md, which the commands named there regenerate; `claim`, at toy scale: recipes/README.md.
 """
 
 import math
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +29,7 @@ class Config(dltrain.Config):
     tokenizer_kind: Literal["unigram", "bpe"] = "unigram"
     vocab: int = 4096  # tokens, special ones included
     objective: Literal["bert", "roberta"] = "bert"
+    left_only: bool = False  # each token sees those before it alone: what `claim` compares with
     batch: int = 16  # rows per optimizer step, over all ranks
     row: int = 64  # tokens
     masked: float = 0.15  # of tokens: 80% become [MASK], 10% random, 10% stay
@@ -55,6 +55,10 @@ PRESETS = {
         shards="embedded:topics", steps=10, batch=24, lanes=4, row=32, vocab=512, width=32, dropout=0.1, warmup=2,
         log_every=1, save_every=5, eval_every=5,
     ),
+    "claim": Config(
+        objective="roberta", tokenizer_kind="bpe", vocab=128, held_out=0.01, steps=1000, batch=64, row=16, width=64,
+        heads=4, lr=4e-3, warmup=100, log_every=100, eval_every=250,
+    ),
     "base": BASE,
     "large": replace(BASE, micro_batch=16, layers=24, width=1024, heads=16),
     "roberta-base": replace(
@@ -67,18 +71,19 @@ if __name__ == "__main__":
     dltrain.answer_help(Config, PRESETS)  # before torch is imported, which takes over a second
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from dltrain import ops
+from dltrain.claim import Figure, judge, logged
 from dltrain.data.corpus import tokenised
 from dltrain.data.order import split
-from dltrain.data.text import TokenStore, document_chunks, stream_chunks
-from dltrain.errors import UserError
+from dltrain.data.sentences import FullSentences, MaskedRow, SentencePairs, collate, short_sentences
+from dltrain.data.text import TokenStore
+from dltrain.models import cloze
 from dltrain.models.bert import BertConfig, BertPretraining, flops_per_row
-from dltrain.models.exchange import from_huggingface, to_huggingface, write_huggingface
+from dltrain.models.exchange import to_huggingface, weights_for, write_huggingface
 from dltrain.optim import adamw
-from dltrain.report import conclude, farewell
+from dltrain.report import conclude, farewell, figure
 from dltrain.schedules import linear
 from dltrain.seeds import key
 from dltrain.tokenizers.spm import Tokenizer
@@ -99,75 +104,26 @@ class BertRows:
 
     def __init__(self, cfg: Config, tokenizer: Tokenizer, store: TokenStore, documents: np.ndarray):
         self.cfg, self.tokenizer, self.store = cfg, tokenizer, store
-        self.pairs = cfg.objective == "bert"
-        cut = document_chunks if self.pairs else stream_chunks
-        self.chunks_N2 = cut(store, cfg.row - (3 if self.pairs else 2), documents)
-        self.documents_N = np.searchsorted(store.document_ends, self.chunks_N2[:, 0], side="right")
+        self.text = (SentencePairs if cfg.objective == "bert" else FullSentences)(store, tokenizer, documents, cfg.row)
         self.predictions = max(1, round(cfg.row * cfg.masked))
         self.fingerprint = f"{store.fingerprint[:16]}-{len(documents)}-{cfg.objective}-{cfg.row}-{cfg.masked}"
-        if self.pairs and len(np.unique(self.documents_N)) < 2:
-            raise UserError(
-                f"{len(documents)} documents of {cfg.shards} are too few for pairs: give more, or another --held-out"
-            )
 
     def __len__(self) -> int:
-        return len(self.chunks_N2)
+        return len(self.text.chunks_N2)
 
     def batch(self, epoch_M: np.ndarray, index_M: np.ndarray) -> dict[str, Tensor]:
-        B, L, P = len(index_M), self.cfg.row, self.predictions
-        ids_BL = np.full((B, L), self.tokenizer.pad, np.int64)
-        segments_BL, lengths_B, next_B = np.zeros((B, L), np.int64), np.zeros(B, np.int64), np.zeros(B, np.int64)
-        positions_BP, targets_BP = np.zeros((B, P), np.int64), np.full((B, P), -100, np.int64)
-        for b, (epoch, row) in enumerate(zip(epoch_M.tolist(), index_M.tolist(), strict=True)):
-            if row < 0:
-                continue
-            random = np.random.Generator(np.random.Philox(key=key("row", self.cfg.seed, epoch, row)))
-            ids, segments, next_B[b] = self.pair(row, random) if self.pairs else self.full_sentences(row)
-            positions = self.mask(ids, random)
-            targets_BP[b, : len(positions)] = ids[positions]
-            positions_BP[b, : len(positions)] = positions
-            self.corrupt(ids, positions, random)
-            lengths_B[b] = len(ids)
-            ids_BL[b, : len(ids)], segments_BL[b, : len(ids)] = ids, segments
-        arrays = {"ids_BL": ids_BL, "segments_BL": segments_BL, "lengths_B": lengths_B, "next_B": next_B}
-        arrays |= {"positions_BP": positions_BP, "targets_BP": targets_BP, "count": np.array((targets_BP >= 0).sum())}
-        return {k: torch.from_numpy(v) for k, v in arrays.items()}
+        rows = [self.row(epoch, n) for epoch, n in zip(epoch_M.tolist(), index_M.tolist(), strict=True)]
+        return collate(rows, self.cfg.row, self.predictions, self.tokenizer.pad)
 
-    def pair(self, row: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray, int]:
-        """[CLS] A [SEP] B [SEP]: B goes on after A (0), or half of the time comes from another document (1)."""
-        first, last = self.chunks_N2[row]
-        cut = int(random.integers(first + 1, last)) if last - first > 1 else last
-        a = self.store.span(first, cut)[: self.cfg.row - 4]  # leaves B a token
-        b, label = self.store.span(cut, last), 0
-        if cut == last or random.random() < 0.5:
-            b, label = self.second_half(row, len(b) or self.cfg.row - 3 - len(a), random), 1
-        b = b[: self.cfg.row - 3 - len(a)]
-        ids = np.concatenate([[self.tokenizer.cls], a, [self.tokenizer.sep], b, [self.tokenizer.sep]]).astype(np.int64)
-        return ids, np.repeat([0, 1], [len(a) + 2, len(b) + 1]), label
-
-    def second_half(self, row: int, tokens: int, random: np.random.Generator) -> np.ndarray:
-        """Of 64 second halves from other documents the nearest in length, or the length alone would give it away."""
-        other_K = random.integers(len(self), size=64)
-        while (self.documents_N[other_K] == self.documents_N[row]).all():
-            other_K = random.integers(len(self), size=64)
-        first_K, last_K = self.chunks_N2[other_K[self.documents_N[other_K] != self.documents_N[row]]].T
-        cut_K = random.integers(first_K + (last_K - first_K > 1), last_K)
-        ends = self.store.sentence_ends
-        length_K = ends[last_K - 1] - np.where(cut_K > 0, ends[cut_K - 1], 0)
-        best = np.abs(length_K - tokens).argmin()
-        return self.store.span(cut_K[best], last_K[best])
-
-    def full_sentences(self, row: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """[CLS] sentences [SEP], with a [SEP] where a document ends inside (RoBERTa, section 4.2)."""
-        first, last = (int(s) for s in self.chunks_N2[row])
-        ends = self.store.document_ends[np.searchsorted(self.store.document_ends, first, side="right") :]
-        inside = np.unique(ends[: np.searchsorted(ends, last)])
-        bounds = [first, *inside.tolist(), last]
-        parts = [[self.tokenizer.cls]]
-        for begin, end in pairwise(bounds):
-            parts += [self.store.span(begin, end), [self.tokenizer.sep]]
-        ids = np.concatenate(parts).astype(np.int64)
-        return ids, np.zeros_like(ids), 0
+    def row(self, epoch: int, n: int) -> MaskedRow | None:
+        if n < 0:
+            return None
+        random = np.random.Generator(np.random.Philox(key=key("row", self.cfg.seed, epoch, n)))
+        ids, segments, label = self.text.row(n, random)
+        positions = self.mask(ids, random)
+        targets = ids[positions]
+        self.corrupt(ids, positions, random)
+        return MaskedRow(ids, segments, label, positions, targets)
 
     def decode(self, batch: dict[str, Tensor]) -> str:
         """The first row as the model sees it, with what it must predict."""
@@ -213,7 +169,7 @@ def model_config(cfg: Config) -> BertConfig:
     bert = cfg.objective == "bert"
     return BertConfig(
         vocab=cfg.vocab, layers=cfg.layers, width=cfg.width, heads=cfg.heads, mlp=4 * cfg.width, dropout=cfg.dropout,
-        positions=max(512, cfg.row), segments=2 if bert else 1, next_sentence=bert,
+        positions=max(512, cfg.row), segments=2 if bert else 1, next_sentence=bert, causal=cfg.left_only,
     )  # fmt: skip
 
 
@@ -235,58 +191,10 @@ def unigram(cfg: Config, unseen: BertRows) -> tuple[float, float]:
     return float(-np.log(counts_V / counts_V.sum())[targets].mean()), float((targets == counts_V.argmax()).mean())
 
 
-@torch.no_grad()
-def fill_in(cfg: Config, weights: dict[str, Tensor], unseen: BertRows, wanted: int = 5) -> list[dict[str, str]]:
-    """A word of a held-out sentence masked, and the three that the model would put there."""
-    task = PretrainBert(model_config(cfg)).eval()
-    task.load_state_dict(weights)
-    tokenizer, store, found = unseen.tokenizer, unseen.store, []
-    for first, last in unseen.chunks_N2[:: max(1, len(unseen) // 50)]:
-        sentence = next((s for i in range(first, last) if 8 <= len(s := store.span(i, i + 1)) <= 24), None)
-        if sentence is None or len(found) == wanted:
-            continue
-        pieces = [tokenizer.piece(t) for t in sentence]
-        whole = [i for i in range(len(pieces) - 1) if pieces[i][0] == pieces[i + 1][0] == "\u2581"]
-        words = [i for i in whole if len(pieces[i]) > 4]
-        if not words:
-            continue
-        at = words[len(words) // 2]
-        ids_BL = torch.tensor([[tokenizer.cls, *sentence.tolist(), tokenizer.sep]])
-        truth, ids_BL[0, at + 1] = int(ids_BL[0, at + 1]), tokenizer.mask
-        logits_BPV, _ = task.model(
-            ids_BL, torch.zeros_like(ids_BL), torch.tensor([ids_BL.shape[1]]), torch.tensor([[at + 1]])
-        )
-        best, right = (
-            [tokenizer.piece(t).removeprefix("\u2581") for t in ts] for ts in (logits_BPV[0, 0].topk(3)[1], [truth])
-        )
-        masked = tokenizer.decode(ids_BL[0, 1:-1].tolist())
-        found.append({"masked": masked, "filled": ", ".join(best), "truth": right[0]})
-    return found
-
-
-def figures_beside(unigram: tuple[float, float], means: dict[str, float]) -> list[dict[str, Any]]:
-    names = [("masked-LM loss", "mlm_loss", "lower"), ("masked-LM accuracy", "mlm_accuracy", "higher")]
-    return [
-        {"name": name, "value": means[k], "baseline": base, "better": better}
-        for (name, k, better), base in zip(names, unigram, strict=True)
-    ]
-
-
 def export(cfg: Config, weights: dict[str, Tensor], folder: Path) -> None:
     """What `dltrain export` calls: for transformers.BertForPreTraining.from_pretrained(folder)."""
     state = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     write_huggingface(folder, *to_huggingface(state, model_config(cfg)))
-
-
-def start(cfg: Config) -> dict[str, Tensor]:
-    """Weights from a folder in Hugging Face's layout."""
-    theirs, state = from_huggingface(cfg.init)
-    ours = model_config(cfg)
-    if differ := [
-        f"{k} is {v} there, {getattr(ours, k)} here" for k, v in vars(theirs).items() if v != getattr(ours, k)
-    ]:
-        raise UserError(f"{cfg.init} is of another model: {'; '.join(differ)}")
-    return {f"model.{name}": tensor for name, tensor in state.items()}
 
 
 def main(cfg: Config) -> None:
@@ -302,18 +210,41 @@ def main(cfg: Config) -> None:
     with dltrain.Run(cfg) as run:
         rows, unseen = run.everywhere(lambda: data(cfg))
         run.measure(flops_per_row(model_config(cfg), cfg.row, rows.predictions), cfg.row)
-        task, optimizer = run.prepare(build, optimizer_of, (lambda: start(cfg)) if cfg.init else None)
+        start = (lambda: weights_for(model_config(cfg), cfg.init, prefix="model.")) if cfg.init else None
+        task, optimizer = run.prepare(build, optimizer_of, start)
         means = dltrain.fit(run, task, optimizer, schedule, run.batches(rows), evals={"eval": unseen})
         if means:  # none if the run was done before
 
             def results() -> dict[str, Any]:
+                loss, accuracy = unigram(cfg, unseen)
+                figures = [
+                    figure("masked-LM loss", means["eval"]["mlm_loss"], loss, "lower"),
+                    figure("masked-LM accuracy", means["eval"]["mlm_accuracy"], accuracy, "higher"),
+                ]
                 notes = [f"baseline: token frequencies; {len(unseen):,} held-out rows of {cfg.row} tokens"]
-                figures = figures_beside(unigram(cfg, unseen), means["eval"])
-                return {"figures": figures, "samples": fill_in(cfg, run.weights(), unseen), "notes": notes}
+                trained = PretrainBert(model_config(cfg)).eval()
+                trained.load_state_dict(run.weights())
+                samples = cloze.fill_in(trained.model, unseen.tokenizer, short_sentences(unseen.text))
+                return {"figures": figures, "samples": samples, "notes": notes}
 
             conclude(run, results)
         farewell(run, NEXT)
 
 
+def claim(cfg: Config) -> None:
+    """Sections 1 and 5.1: a model that sees both sides beats one that sees the left alone, at the masked positions."""
+    loss, accuracy = {}, {}
+    for seed in range(cfg.seed, cfg.seed + 2):
+        both, left = (replace(cfg, seed=seed, out=f"{cfg.out}/{side}-{seed}") for side in ("both", "left"))
+        main(both)
+        main(replace(left, left_only=True))
+        loss[seed] = logged(left.out, "eval/mlm_loss")[-1] - logged(both.out, "eval/mlm_loss")[-1]
+        accuracy[seed] = logged(both.out, "eval/mlm_accuracy")[-1] - logged(left.out, "eval/mlm_accuracy")[-1]
+    loss_gap = Figure("masked-LM loss, left-only minus bidirectional (nats)", loss, "positive", least=0.2)
+    judge(
+        cfg, [loss_gap, Figure("masked-LM accuracy, the gain", accuracy, "positive", least=0.03)], tuned_on=(0, 1, 100)
+    )
+
+
 if __name__ == "__main__":
-    dltrain.cli(main, Config, PRESETS)
+    dltrain.cli(main, Config, PRESETS, claim)

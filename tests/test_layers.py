@@ -14,7 +14,7 @@ LAYERS = """
 bench
 recipes
 __main__
-commands report debug prove
+commands report debug prove claim grid plot
 convert
 loop
 evaluation
@@ -37,7 +37,7 @@ OWNERS = {
     "fsspec": ["data.download"],
     "liger_kernel": ["kernels.bench"],
     "litdata": ["data.bench_bytes"],
-    "matplotlib": ["report", "kernels.bench"],
+    "matplotlib": ["report", "plot", "kernels.bench"],
     "pyarrow": ["convert.text"],
     "rich": ["progress", "log"],
     "safetensors": ["models.exchange"],

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LINKS = ("kernels", "tokenizers", "recipes")
 SOURCES = sorted({p.resolve() for top in ("dltrain", *LINKS) for p in (ROOT / top).glob("**/*.py")})
-VERBS = {"pretrain", "train", "finetune", "distill", "align", "play", "search", "sample", "evaluate"}
+VERBS = {"pretrain", "train", "finetune", "distill", "align", "play", "search", "sample", "evaluate", "study"}
 
 
 @functools.cache
@@ -47,7 +47,7 @@ def test_test_files_have_unique_names():
 
 
 def test_recipes_end_in_a_verb():
-    stems = [p.stem for p in (ROOT / "recipes").glob("*.py")]
+    stems = [p.stem for p in (ROOT / "recipes").glob("**/*.py")]
     assert [s for s in stems if s.split("_")[-1] not in VERBS] == []
 
 
@@ -102,10 +102,11 @@ def test_root_on_the_path_hides_no_package(name, tmp_path):
     assert Path(ours) == ROOT / "dltrain" / name
 
 
-@pytest.mark.parametrize("recipe", [p.stem for p in sorted((ROOT / "recipes").glob("*.py"))])
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("**/*.py")), ids=lambda recipe: recipe.stem)
 def test_recipes_start_from_anywhere(recipe, tmp_path):
     """As a file and as a module, from another folder."""
     path = "" if is_installed() else str(ROOT)
-    as_file = launch(str(ROOT / "recipes" / f"{recipe}.py"), "--help", cwd=tmp_path, path=path)
-    as_module = launch("-m", f"dltrain.recipes.{recipe}", "--help", cwd=tmp_path, path=path)
+    module = ".".join(["dltrain", *recipe.relative_to(ROOT).with_suffix("").parts])
+    as_file = launch(str(recipe), "--help", cwd=tmp_path, path=path)
+    as_module = launch("-m", module, "--help", cwd=tmp_path, path=path)
     assert as_file == as_module != ""

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dltrain.optim import Builder, adamw, lamb, sgd
+from dltrain.optim import Builder, adamw, lamb, sgd, take_turns
 
 
 class Holder(nn.Module):
@@ -83,3 +83,21 @@ def test_a_shard_gives_the_bits_of_the_whole(build: Builder, rows: int):
         parts = [trained(build, value[s], [g[s] for g in grads]) for s in (slice(0, cut), slice(cut, rows))]
         assert torch.equal(torch.cat(parts), whole)
         assert not torch.equal(whole, value)
+
+
+def test_who_takes_turns_moves_as_with_an_optimizer_of_its_own():
+    """Momentum and Adam's count of steps too: two optimizers, stepped one at a time, give the same bits."""
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = [[nn.Parameter(torch.ones(3)) for _ in range(2)] for _ in range(2)]
+    together = take_turns(torch.optim.Adam([{"params": [p], "turn": True} for p in ours], 0.1))
+    apart = [torch.optim.Adam([p], 0.1) for p in theirs]
+    for turn in (0, 0, 1, 0, 1, 1, 0):
+        for group in together.param_groups:
+            group["turn"] = group["params"][0] is ours[turn]
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(3, generator=generator)  # the idle one's is thrown away
+            other.grad = mine.grad.clone()
+        together.step()
+        apart[turn].step()
+    assert all(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True))
+    assert not torch.equal(ours[0], ours[1])

@@ -12,23 +12,22 @@ from dltrain.errors import UserError
 from dltrain.tokenizers import spm
 
 
-def tokenised(
-    pattern: str, model: str, *, kind: Literal["unigram", "bpe"], vocab: int, longest: int
-) -> tuple[spm.Tokenizer, TokenStore]:
-    """The tokenizer `model` (one trained on the shards if empty) and the shards' tokens, sentences cut at `longest`.
+def shards_of(pattern: str) -> Shards:
+    """`pattern` is a webdataset pattern, embedded:docs or embedded:topics. UserError as Shards raises it."""
+    name = pattern.removeprefix("embedded:")
+    return Shards(embedded(name, cache_dir()) if name != pattern else pattern)
 
-    `pattern` is a webdataset pattern, or embedded:docs.
+
+def tokenizer_of(shards: Shards, model: str, *, kind: Literal["unigram", "bpe"], vocab: int) -> spm.Tokenizer:
+    """The tokenizer `model`; one trained on the shards' text, once, if empty.
 
     Raises:
-        UserError: for shards or a tokenizer that cannot be read, or a tokenizer of another vocabulary than `vocab`.
+        UserError: for a tokenizer that cannot be read or trained, or is of another vocabulary than `vocab`.
     """
-    cache = cache_dir()
-    name = pattern.removeprefix("embedded:")
-    shards = Shards(embedded(name, cache) if name != pattern else pattern)
     if model:
         tokenizer = spm.load(Path(model))
     else:
-        place = cache / f"tokenizer-{kind}-{vocab}-{shards.fingerprint[:16]}"
+        place = cache_dir() / f"tokenizer-{kind}-{vocab}-{shards.fingerprint[:16]}"
 
         def train(folder: Path) -> None:
             texts = (text_of(shards, i) for i in range(len(shards)))
@@ -37,5 +36,18 @@ def tokenised(
         tokenizer = spm.load(built(place, train) / "tokenizer.model")
     if tokenizer.vocab_size != vocab:
         raise UserError(f"tokenizer {model} has {tokenizer.vocab_size} tokens, --vocab is {vocab}: make them equal")
+    return tokenizer
+
+
+def tokenised(
+    pattern: str, model: str, *, kind: Literal["unigram", "bpe"], vocab: int, longest: int
+) -> tuple[spm.Tokenizer, TokenStore]:
+    """`tokenizer_of` the shards of `pattern`, and the shards' tokens, sentences cut at `longest`.
+
+    Raises:
+        UserError: for shards or a tokenizer that cannot be read, or a tokenizer of another vocabulary than `vocab`.
+    """
+    shards = shards_of(pattern)
+    tokenizer = tokenizer_of(shards, model, kind=kind, vocab=vocab)
     processes = min(os.cpu_count() or 1, 1 + len(shards) // 20_000)  # starting one takes seconds
-    return tokenizer, tokenise(shards, tokenizer, cache, processes, longest)
+    return tokenizer, tokenise(shards, tokenizer, cache_dir(), processes, longest)

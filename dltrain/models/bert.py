@@ -31,6 +31,7 @@ class BertConfig:
     next_sentence: bool = True  # with a pooler and a next-sentence head
     dropout: float = 0.1  # of embeddings, of each sublayer's output and of attention probabilities
     layer_norm_eps: float = 1e-12
+    causal: bool = False  # each token sees those before it alone: what BERT is compared with
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -93,7 +94,7 @@ class Layer(nn.Module):
 
     def __init__(self, cfg: BertConfig):
         super().__init__()
-        self.heads, self.dropout = cfg.heads, cfg.dropout
+        self.heads, self.dropout, self.causal = cfg.heads, cfg.dropout, cfg.causal
         self.qkv = Linear(cfg.width, 3 * cfg.width)
         self.out = Linear(cfg.width, cfg.width)
         self.attention_norm = AddNorm(cfg.width, eps=cfg.layer_norm_eps)
@@ -104,7 +105,9 @@ class Layer(nn.Module):
     def forward(self, h_BLD: Tensor, lengths_B: Tensor) -> Tensor:
         q_BHLK, k_BHLK, v_BHLK = self.qkv(h_BLD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         dropout = self.dropout if self.training else 0.0
-        a_BHLK = ops.scaled_dot_product_attention(q_BHLK, k_BHLK, v_BHLK, dropout_p=dropout, key_lengths=lengths_B)
+        a_BHLK = ops.scaled_dot_product_attention(
+            q_BHLK, k_BHLK, v_BHLK, dropout_p=dropout, is_causal=self.causal, key_lengths=lengths_B
+        )
         a_BLD = self.out(a_BHLK.transpose(1, 2).flatten(2))
         h_BLD = self.attention_norm(a_BLD, h_BLD, dropout)
         m_BLD = self.down(ops.gelu(self.up(h_BLD)))

@@ -28,6 +28,7 @@ _FIELDS = {
     "segments": "type_vocab_size",
     "dropout": "hidden_dropout_prob",
     "layer_norm_eps": "layer_norm_eps",
+    "causal": "is_decoder",
 }
 # What the network does and config.json could contradict, with the values that a file without the key means.
 _FIXED = {
@@ -35,7 +36,6 @@ _FIXED = {
     "hidden_act": "gelu",
     "position_embedding_type": "absolute",
     "tie_word_embeddings": True,
-    "is_decoder": False,
 }
 _LAYER = {
     "out": "attention.output.dense",
@@ -74,7 +74,7 @@ def from_huggingface(folder: Path | str) -> tuple[BertConfig, dict[str, Tensor]]
     that is missing, damaged, or holds another network.
     """
     folder = Path(folder)
-    tensors, config = _read(folder)
+    tensors, config = read_huggingface(folder)
     for key, value in _FIXED.items():
         if config.get(key, value) != value:
             raise UserError(f"{folder / 'config.json'}: {key} is {config[key]!r}, but only {value!r} can be imported")
@@ -94,6 +94,14 @@ def from_huggingface(folder: Path | str) -> tuple[BertConfig, dict[str, Tensor]]
     state = {ours: torch.cat([tensors[name] for name in theirs]) for ours, theirs in _names(cfg).items()}
     _check(state, cfg, str(folder / "model.safetensors"))
     return cfg, state
+
+
+def weights_for(cfg: BertConfig, folder: Path | str, prefix: str = "") -> dict[str, Tensor]:
+    """The state_dict in `folder`, `prefix` before each name. UserError, too, where it is not of `cfg`'s model."""
+    theirs, state = from_huggingface(folder)
+    if differ := [f"{k} is {v} there, {getattr(cfg, k)} here" for k, v in vars(theirs).items() if v != getattr(cfg, k)]:
+        raise UserError(f"{folder} is of another model: {'; '.join(differ)}")
+    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
 
 
 def write_huggingface(folder: Path | str, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -157,7 +165,8 @@ def _check(state: dict[str, Tensor], cfg: BertConfig, where: str) -> None:
             )
 
 
-def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_huggingface(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, by the names that they have there, and config.json. Raises UserError, naming the file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -135,3 +135,22 @@ def test_flops_are_those_that_torch_counts(cfg: BertConfig, L: int, P: int):
             masked_lm, next_sentence = model(ids, ids, lengths, positions)
             (masked_lm.sum() + (0 if next_sentence is None else next_sentence.sum())).backward()
     assert counter.get_total_flops() == flops_per_row(cfg, L, P)
+
+
+def test_a_causal_model_sees_nothing_to_the_right():
+    cfg = replace(TINY, vocab=31, width=16, mlp=32, causal=True, dropout=0.0)
+    torch.manual_seed(0)
+    model = BertPretraining(cfg).eval()
+    ids_BL, other_BL = torch.randint(31, (2, 1, 9))
+    positions_BP = torch.arange(9)[None]
+
+    def logits(ids_BL: Tensor, model: BertPretraining = model) -> Tensor:
+        return model(ids_BL, torch.zeros_like(ids_BL), torch.tensor([9]), positions_BP)[0][0]
+
+    with torch.no_grad():
+        mixed_BL = torch.cat([ids_BL[:, :5], other_BL[:, 5:]], 1)
+        assert torch.equal(logits(ids_BL)[:5], logits(mixed_BL)[:5])
+        assert not torch.allclose(logits(ids_BL)[5:], logits(mixed_BL)[5:])
+        both = BertPretraining(replace(cfg, causal=False)).eval()
+        both.load_state_dict(model.state_dict())
+        assert not torch.allclose(logits(ids_BL, both)[:5], logits(mixed_BL, both)[:5])

@@ -58,7 +58,7 @@ def exported(folder: Path, cfg: BertConfig) -> BertPretraining:
     return model
 
 
-@pytest.mark.parametrize("cfg", [SMALL, ROBERTA])
+@pytest.mark.parametrize("cfg", [SMALL, ROBERTA, replace(ROBERTA, causal=True)])
 def test_transformers_reads_what_we_write(tmp_path: Path, cfg: BertConfig):
     transformers = pytest.importorskip("transformers")
     model = exported(tmp_path / "out", cfg)

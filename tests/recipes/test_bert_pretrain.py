@@ -1,6 +1,8 @@
 """What the paper says of masks and pairs, and weights that come and go in Hugging Face's layout."""
 
+import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from dltrain import checkpoint
-from dltrain.__main__ import export
+from dltrain import checkpoint, rundir
+from dltrain.commands.trained import trained
 from dltrain.data.text import TokenStore
-from dltrain.recipes.bert_pretrain import PRESETS, BertRows, Config, PretrainBert, data, main, model_config
+from dltrain.recipes import bert_pretrain
+from dltrain.recipes.bert_pretrain import PRESETS, BertRows, Config, PretrainBert, claim, data, main, model_config
 from dltrain.seeds import key
 
 WIDE = dataclasses.replace(PRESETS["debug"], row=128)  # rows long enough for a share of 15%
@@ -56,7 +59,7 @@ def every_row(rows: BertRows, epoch: int = 0) -> dict[str, np.ndarray]:
 
 def unmasked(rows: BertRows, row: int, epoch: int = 0) -> np.ndarray:
     random = np.random.Generator(np.random.Philox(key=key("row", rows.cfg.seed, epoch, row)))
-    return rows.pair(row, random)[0] if rows.pairs else rows.full_sentences(row)[0]
+    return rows.text.row(row, random)[0]
 
 
 def masks(rows: BertRows, epoch: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -121,12 +124,12 @@ def test_padding_rows_weigh_nothing(bert):
 def test_pairs(bert):
     """[CLS] A [SEP] B [SEP]: B goes on after A, or comes from another document; half and half where A can be cut."""
     spy, rows, t = Spy(bert.store), rows_of(WIDE), bert.tokenizer
-    rows.store = spy  # type: ignore[assignment]
+    rows.text.store = spy  # type: ignore[assignment]
     labels, lengths = [], []  # of pairs that could be either
-    for row, (first, last) in enumerate(rows.chunks_N2.tolist()):
+    for row, (first, last) in enumerate(rows.text.chunks_N2.tolist()):
         spy.spans.clear()
         random = np.random.Generator(np.random.Philox(key=key("row", WIDE.seed, 0, row)))
-        ids, segments, label = rows.pair(row, random)
+        ids, segments, label = rows.text.row(row, random)
         (a, cut), *_, (b, end) = spy.spans
         assert a == first and first < cut <= last
         seps = np.flatnonzero(ids == t.sep)
@@ -156,7 +159,7 @@ def test_full_sentences_run_over_documents(roberta):
     t, store, crossing, tokens = roberta.tokenizer, roberta.store, 0, []
     batch = every_row(roberta)
     assert (batch["next_B"] == 0).all() and (batch["segments_BL"] == 0).all()
-    for row, (first, last) in enumerate(roberta.chunks_N2.tolist()):
+    for row, (first, last) in enumerate(roberta.text.chunks_N2.tolist()):
         ids = unmasked(roberta, row)
         documents = len(np.unique(np.searchsorted(store.document_ends, np.arange(first, last), side="right")))
         assert ids[0] == t.cls and ids[-1] == t.sep and len(ids) <= WIDE.row
@@ -167,7 +170,7 @@ def test_full_sentences_run_over_documents(roberta):
         tokens.append(len(inner))
     assert crossing > 10
     covered = sum(
-        int(store.sentence_ends[b - 1] - (store.sentence_ends[a - 1] if a else 0)) for a, b in roberta.chunks_N2
+        int(store.sentence_ends[b - 1] - (store.sentence_ends[a - 1] if a else 0)) for a, b in roberta.text.chunks_N2
     )
     assert sum(tokens) == covered == store.n_tokens
 
@@ -196,7 +199,8 @@ def test_export_to_transformers_and_import_from_it(tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
     cfg = dataclasses.replace(SHORT, out=str(tmp_path / "run"))
     weights = train(cfg)
-    export(tmp_path / "run", tmp_path / "hf")
+    recipe, of_run, newest = trained(tmp_path / "run", "export")
+    recipe.export(of_run, newest, tmp_path / "hf")
     theirs = transformers.BertForPreTraining.from_pretrained(tmp_path / "hf").eval()
     ours = PretrainBert(model_config(cfg)).eval()
     ours.load_state_dict(weights)
@@ -241,3 +245,25 @@ def test_the_checklist_passes_on_the_debug_preset(tmp_path, capsys, monkeypatch)
     assert [line for line in lines if line.startswith("FAIL")] == []
     assert sum(line.startswith("ok  ") for line in lines) == 7
     assert any("[MASK]" in line and "<-" in line for line in lines)
+
+
+@pytest.mark.parametrize(("left", "shown"), [(3.3, True), (3.0, False)])
+def test_the_claim_is_that_both_sides_beat_the_left_alone(left, shown, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def trained(cfg: Config) -> None:
+        asked.append((cfg.seed, cfg.left_only))
+        Path(cfg.out).mkdir(parents=True)
+        loss = left if cfg.left_only else 2.9
+        row = {"step": 1, "eval/mlm_loss": loss, "eval/mlm_accuracy": 1 - loss / 5}
+        (Path(cfg.out) / "metrics.jsonl").write_text(f"{json.dumps(row)}\n")
+
+    monkeypatch.setattr(bert_pretrain, "main", trained)
+    monkeypatch.setattr(rundir, "environment", lambda: ({}, b""))
+    with contextlib.nullcontext() if shown else pytest.raises(SystemExit):
+        claim(dataclasses.replace(PRESETS["claim"], seed=5, out=str(tmp_path / "out")))
+    assert asked == [(5, False), (5, True), (6, False), (6, True)]
+    figures = rundir.read_json(tmp_path / "out" / "claim.json")["figures"]
+    assert figures[0]["values"] == pytest.approx({"5": left - 2.9, "6": left - 2.9})
+    assert [figure["shown"] for figure in figures] == [shown, shown]
+    assert ("NOT shown" in capsys.readouterr().out) is not shown

@@ -62,7 +62,7 @@ def test_verify_names_shard_key_and_byte(shards, tmp_path, capsys):
     exits(1, "verify", shards, "--json", tmp_path / "found.json")
     line, summary = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{damaged}: sample 's013', byte {at}: ") and "CRC-32C" in line
-    assert summary == "1 faults in 1 of 10 shards"
+    assert summary == "1 fault in 1 of 10 shards"
     found = json.loads((tmp_path / "found.json").read_text())
     assert (found["whole"], found["samples"], found["shards"]) == (False, 30, 10)
     assert [(d["shard"], d["key"], d["offset"]) for d in found["damage"]] == [(str(damaged), "s013", at)]

@@ -83,11 +83,10 @@ class OpenShard:
         )
         self.names = tuple(index.extensions[e] for e in extension[0]) if self._alike else ()
 
-    def close(self) -> None:
-        self._view.release()
-        if self.content:
-            self.content.close()
-        os.close(self._file)
+    def __del__(self):
+        """Nobody closes a shard: samples may still be taken from it. Its map goes with the last who holds it."""
+        if "_file" in self.__dict__:
+            os.close(self._file)
 
     def now(self) -> memoryview:
         """What can be read without a fault (SIGBUS) should the file have shrunk since it was mapped."""

@@ -30,7 +30,7 @@ from dltrain.errors import UserError
 from dltrain.files import write_atomic
 from dltrain.progress import track
 
-OPEN = 256  # shards that a process keeps open; the one that was opened first is closed beyond that
+OPEN = 256  # shards that a process keeps open; the one that was opened first is let go beyond that
 BLOCK = 4096  # samples in file order whose places are looked up at a time
 ASK = 16  # remote shards that servers are asked for at a time
 TOLD = 3  # of what could not be indexed
@@ -302,7 +302,7 @@ class Shards:
     def _shard(self, s: int) -> OpenShard:
         if s not in self._open:
             if len(self._open) >= OPEN:
-                self._open.pop(next(iter(self._open))).close()
+                self._open.pop(next(iter(self._open)))
             try:
                 known = stored(Path(self.urls[s])) if plain(self.urls[s]) else None
                 self._open[s] = OpenShard(self._path(s), known or self._index(s), self.urls[s])
@@ -316,10 +316,6 @@ class Shards:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}
-
-    def __del__(self):
-        for shard in self.__dict__.get("_open", {}).values():
-            shard.close()
 
 
 def known_index(url: str, size: int | None, home: Path) -> Index | None:

@@ -97,6 +97,18 @@ def test_many_shards_with_few_descriptors(tmp_path, monkeypatch):
     assert len(shards._open) == 2
 
 
+def test_a_shard_that_is_still_read_outlives_its_place_among_the_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "OPEN", 2)
+    write_shards(samples(9), tmp_path, "x", 3)
+    shards = Shards(str(tmp_path))
+    want = [shards[i] for i in range(9)]  # leaves the last two open
+    assert shards.read(np.array([3, 0, 4])) == [want[i] for i in (3, 0, 4)]  # opening the first pushes the second out
+    begun = iter(shards)
+    first = next(begun)
+    shards.read(np.array([8, 5])), shards.read(np.array([7, 4]))
+    assert [first, *begun] == want
+
+
 def test_empty_and_uneven_shards(tmp_path):
     tar(tmp_path / "0.tar", [])
     write_shards(samples(3), tmp_path, "1", 3)

@@ -1,15 +1,15 @@
 """Who started this process, with whom, and what for: python, torchrun, accelerate launch or srun, from the environment.
 
 Reads torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, ..., https://docs.pytorch.org/docs/stable/elastic/run.html),
-Slurm's (SLURM_PROCID, ..., https://slurm.schedmd.com/srun.html, "Output environment variables") and the contract of
-accelerate 1.x (accelerate/utils/launch.py). What accelerate's configuration asks for is honoured or refused by name.
+Slurm's (slurm.py) and the contract of accelerate 1.x (accelerate/utils/launch.py). What accelerate's configuration asks
+for is honoured or refused by name.
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dltrain import slurm
 from dltrain.config import C
 from dltrain.errors import UserError
 
@@ -30,16 +30,13 @@ def detect(env: Mapping[str, str]) -> Launch:
     """Raises UserError for variables that contradict each other or are missing."""
     by = "accelerate" if "ACCELERATE_MIXED_PRECISION" in env else "torchrun"
     if "RANK" in env and "WORLD_SIZE" in env:
-        world = _int(env, "WORLD_SIZE")
-        local_world = _int(env, "LOCAL_WORLD_SIZE", 1 if world == 1 else None)
-        found = Launch(by, _int(env, "RANK"), world, _int(env, "LOCAL_RANK"), local_world, _master(env))
+        world = slurm.number(env, "WORLD_SIZE")
+        local_world = slurm.number(env, "LOCAL_WORLD_SIZE", 1 if world == 1 else None)
+        found = Launch(by, slurm.number(env, "RANK"), world, slurm.number(env, "LOCAL_RANK"), local_world, _master(env))
     elif "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:  # in a bare batch script there is no step: one process
-        world = _int(env, "SLURM_STEP_NUM_TASKS", _int(env, "SLURM_NTASKS", 1))
-        per_node = _tasks_here(env, world)
-        master = _slurm_master(env) if world > 1 else ""
-        found = Launch("slurm", _int(env, "SLURM_PROCID"), world, _int(env, "SLURM_LOCALID"), per_node, master)
+        found = Launch("slurm", *slurm.place(env))
     else:
-        if mpi := next((k for k in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if _int(env, k, 1) > 1), None):
+        if mpi := next((k for k in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if slurm.number(env, k, 1) > 1), None):
             raise UserError(f"mpirun started {env[mpi]} processes ({mpi}) that would not find each other: use torchrun")
         return Launch(by if by == "accelerate" else "python")
     if not (0 <= found.rank < found.world and 0 <= found.local_rank < found.local_world <= found.world):
@@ -50,55 +47,12 @@ def detect(env: Mapping[str, str]) -> Launch:
     return found
 
 
-def _int(env: Mapping[str, str], name: str, default: int | None = None) -> int:
-    try:
-        return int(env[name]) if name in env or default is None else default
-    except KeyError:
-        raise UserError(f"the launcher set RANK or SLURM_PROCID but not {name}: start with torchrun or srun") from None
-    except ValueError:
-        raise UserError(f"{name}={env[name]!r} in the environment is not a number") from None
-
-
 def _master(env: Mapping[str, str]) -> str:
     if env.get("WORLD_SIZE") == "1":
         return ""
     if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
         raise UserError("WORLD_SIZE is over 1 but MASTER_ADDR and MASTER_PORT are not set: start with torchrun or srun")
     return f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
-
-
-def _tasks_here(env: Mapping[str, str], world: int) -> int:
-    """Tasks on this node, from SLURM_STEP_TASKS_PER_NODE such as `2(x3),1` and SLURM_NODEID."""
-    text = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or str(world)
-    counts: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
-        if not match:
-            raise UserError(f"SLURM_STEP_TASKS_PER_NODE={text!r} is not of the form 2(x3),1")
-        counts += [int(match[1])] * int(match[2] or 1)
-    node = _int(env, "SLURM_NODEID", 0)
-    if node >= len(counts):
-        raise UserError(f"SLURM_NODEID={node}, but SLURM_STEP_TASKS_PER_NODE={text!r} lists {len(counts)} nodes")
-    return counts[node]
-
-
-def first_host(nodes: str) -> str:
-    """The first host of a Slurm node list: `n[03-07,9],gpu-a` -> `n03`."""
-    match = re.match(r"([^,\[\]]+)(?:\[([^\]]+)\])?([^,\[\]]*)", nodes)
-    if not match:
-        raise UserError(f"the node list {nodes!r} in SLURM_STEP_NODELIST cannot be read")
-    inside = match[2] or ""
-    return match[1] + re.split(r"[-,]", inside)[0] + match[3]
-
-
-def _slurm_master(env: Mapping[str, str]) -> str:
-    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
-    if "MASTER_ADDR" not in env and not nodes:
-        raise UserError("srun set SLURM_PROCID but no SLURM_STEP_NODELIST: set MASTER_ADDR and MASTER_PORT")
-    port = env.get("MASTER_PORT") or str(
-        20000 + (_int(env, "SLURM_JOB_ID", 0) * 7 + _int(env, "SLURM_STEP_ID")) % 12000
-    )
-    return f"{env.get('MASTER_ADDR') or first_host(nodes or '')}:{port}"
 
 
 _ON = ("1", "true", "yes", "on")

@@ -9,7 +9,7 @@ import pytest
 
 import dltrain
 from dltrain.errors import UserError
-from dltrain.launch import Launch, detect, first_host, honour
+from dltrain.launch import Launch, detect, honour
 from dltrain.rundir import read_json
 
 TESTS = str(Path(__file__).parent)
@@ -67,21 +67,6 @@ def test_a_batch_script_without_srun_is_one_process():
 
 def test_torchrun_inside_a_slurm_job_goes_first():
     assert detect(SRUN | TORCHRUN).by == "torchrun"
-
-
-@pytest.mark.parametrize(
-    ("nodes", "host"),
-    [
-        ("n[1-3,07-09],gpu-a", "n1"),
-        ("n[07-09]", "n07"),
-        ("n[3,5]", "n3"),
-        ("gpu-a,n[1-3]", "gpu-a"),
-        ("rack1-[10-12].cluster.org", "rack1-10.cluster.org"),
-        ("localhost", "localhost"),
-    ],
-)
-def test_first_host(nodes, host):
-    assert first_host(nodes) == host
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ loop
 evaluation
 run
 world damage
-strategy zero lanes initial checkpoint log rundir speed signals meter launch config
+strategy zero lanes initial checkpoint log rundir speed signals meter launch slurm config
 data | models | optim schedules
 ops
 kernels | tokenizers

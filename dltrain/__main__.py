@@ -14,6 +14,7 @@ USAGE = """usage: dltrain COMMAND ...
   dltrain prove RUN RUN         compare two runs to the bit: "identical" and exit code 0, or the first difference and 1
   dltrain claims [RECIPE ...]   run recipes' claims and record what was measured; exit code 1 where one is not shown
   dltrain shards KIND SRC DST   make webdataset shards of images, text, jsonl, parquet, idx, imagenet or cifar10
+  dltrain submit RECIPE ...     check a job on the login node, then hand it to SLURM; --nodes, --gpus, --dry-run
   dltrain data WHAT PATTERN     index, verify, stats, show or explain shards; bench how fast they are read
 """
 
@@ -46,6 +47,10 @@ def main() -> None:
                 from dltrain.commands import claims
 
                 claims.main(arguments)
+            case ["submit", *arguments]:
+                from dltrain.commands import submit
+
+                submit.main(arguments)
             case ["shards", *arguments]:
                 from dltrain.commands import shards
 

@@ -1,17 +1,20 @@
 """A study's grid: many small measurements, each kept as soon as it is made, so that a killed study goes on.
 
 `sbatch --array=0-7` shares it out: each task makes every eighth cell and leaves; the same command without an array
-then finds all of them made.
+then finds all of them made, makes again those that failed, and goes on to the study's plot.
 """
 
 import dataclasses
 import os
+import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dltrain import rundir
 from dltrain.config import Settings, digest
+from dltrain.errors import UserError
 from dltrain.progress import track
 
 Cell = dict[str, Any]
@@ -27,20 +30,49 @@ def grid(
 
     A cell lies in `cfg.out`/cells, named after all settings but `out` and after itself: other settings, other cells.
 
+    A cell that fails leaves its traceback beside the others, which are made all the same.
+
     Raises:
-        UserError: for a cell's file that is torn.
+        UserError: for a cell's file that is torn; for cells that failed, after the others' table.
     """
     folder = Path(cfg.out) / "cells"
     folder.mkdir(parents=True, exist_ok=True)
     settings = rundir.plain(dataclasses.asdict(cfg) | {"out": ""})
     paths = [folder / f"{digest(settings | {'cell': rundir.plain(cell)})}.json" for cell in cells]
     task, first, tasks = (int(env.get(f"SLURM_ARRAY_TASK_{k}", n)) for k, n in (("ID", 0), ("MIN", 0), ("COUNT", 1)))
-    missing = [
-        (cell, path) for cell, path in list(zip(cells, paths, strict=True))[task - first :: tasks] if not path.exists()
-    ]
+    mine = list(zip(cells, paths, strict=True))[task - first :: tasks]
+    missing, failed = [(cell, path) for cell, path in mine if not path.exists()], []
     for cell, path in track(missing, "cells of the grid"):
-        rundir.write_json(path, cell | dict(measure(**cell)))
+        failure = path.with_suffix(".failed")
+        try:
+            rundir.write_json(path, cell | dict(measure(**cell)))
+            failure.unlink(missing_ok=True)
+        except Exception as error:  # one cell is not the study; a signal's SystemExit is no cell's failure
+            failure.write_text(traceback.format_exc())
+            failed.append(f"{_words(cell)}: {type(error).__name__}: {error} (see {failure})")
+            print(f"failed: {failed[-1]}", file=sys.stderr, flush=True)
     if tasks > 1:
-        print(f"task {task - first + 1} of {tasks}: {len(missing)} cells made in {folder}", flush=True)
-        raise SystemExit(0)
+        made = f"{len(missing) - len(failed)} cells made in {folder}" + f", {len(failed)} failed" * bool(failed)
+        print(f"task {task - first + 1} of {tasks}: {made}", flush=True)
+        raise SystemExit(1 if failed else 0)
+    if failed:
+        print(table([rundir.read_json(path) for path in paths if path.exists()]), flush=True)
+        said = "; ".join(failed)
+        raise UserError(f"{len(failed)} of {len(cells)} cells failed; the others are kept and not made again: {said}")
     return [rundir.read_json(path) for path in paths]
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """The cells' numbers and words in columns, one line a cell; lists and the like are left out."""
+    names = dict.fromkeys(k for cell in cells for k, v in cell.items() if isinstance(v, bool | int | float | str))
+    text = [[*names], *([_short(cell.get(k, "")) for k in names] for cell in cells)]
+    widths = [max(len(row[i]) for row in text) for i in range(len(names))]
+    return "\n".join("  ".join(f"{word:>{w}}" for word, w in zip(row, widths, strict=True)) for row in text)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def _words(cell: Cell) -> str:
+    return " ".join(f"{k}={_short(v)}" for k, v in cell.items())

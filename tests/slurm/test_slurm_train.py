@@ -1,77 +1,16 @@
 """slurm/train.sbatch on a real SLURM: two nodes on this machine, brought up by local_slurm.sh."""
 
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
+from clusters import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-LOCAL_SLURM = Path(__file__).with_name("local_slurm.sh")
 TRAIN = ROOT / "slurm/train.sbatch"
 ALL_REDUCE = Path(__file__).with_name("all_reduce.py")
 BERT = ROOT / "recipes/bert_pretrain.py"
-MISSING = [name for name in ("munged", "slurmctld", "slurmd") if not shutil.which(name, path="/usr/sbin:/usr/bin")]
-
-pytestmark = [
-    pytest.mark.slurm,
-    pytest.mark.skipif(os.geteuid() != 0, reason="a SLURM cluster of one's own needs root"),
-    pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)} here: tests/slurm/local_slurm.sh install"),
-]
-
-
-class Cluster:
-    """A SLURM cluster of two nodes, n1 and n2, under `folder`."""
-
-    def __init__(self, folder: Path):
-        self.env = {**os.environ, "LOCAL_SLURM_DIR": str(folder), "LOCAL_SLURM_PORT": str(_free_ports(3))}
-        self.env |= {"SLURM_CONF": str(folder / "slurm.conf"), "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
-
-    def local(self, *args: object, check: bool = True) -> str:
-        run = subprocess.run([LOCAL_SLURM, *map(str, args)], env=self.env, capture_output=True, text=True, timeout=150)
-        assert not check or run.returncode == 0, run.stderr
-        return run.stdout.strip()
-
-    def submit(self, cwd: Path, *args: object, **env: str) -> str:
-        """sbatch in `cwd`; return the job's id."""
-        command = ["sbatch", "--parsable", *map(str, args)]
-        run = subprocess.run(command, cwd=cwd, env={**self.env, **env}, capture_output=True, text=True, timeout=30)
-        assert run.returncode == 0, run.stderr
-        return run.stdout.strip()
-
-    def finish(self, job: str, cwd: Path) -> tuple[str, str]:
-        """Wait for the job's end; return its state and what it printed."""
-        state = self.local("await", job, 120, check=False)
-        return state, (cwd / f"slurm-{job}.out").read_text()
-
-
-def _free_ports(count: int) -> int:
-    """The first of `count` free ports in a row, below the ephemeral ones."""
-
-    def taken(port: int) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", port)) == 0
-
-    starts = range(17800 + os.getpid() % 100 * 20, 30000, 20)
-    return next(first for first in starts if not any(taken(first + i) for i in range(count)))
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    folder = Path(tempfile.mkdtemp(prefix="dlt-slurm-", dir="/tmp"))  # not tmp_path: UNIX sockets want short names
-    cluster = Cluster(folder)
-    try:
-        cluster.local("up", 2)
-        yield cluster
-    finally:
-        cluster.local("down", check=False)
-        shutil.rmtree(folder)
 
 
 def test_one_process_per_task_on_two_nodes(cluster, tmp_path):

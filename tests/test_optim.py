@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dltrain.optim import Builder, adamw, lamb, sgd, take_turns
+from dltrain.errors import UserError
+from dltrain.optim import Builder, adamw, lamb, lars, sgd, take_turns
 
 
 class Holder(nn.Module):
@@ -29,6 +30,16 @@ def test_groups():
     assert [id(p) for p in kept["params"]] == [id(net[1].bias), id(net[1].weight), id(net[2].bias)]
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
     assert decayed["base_lr"] == kept["base_lr"] == 1e-3
+
+
+def test_mup_scales_the_rate_of_hidden_weights_and_not_their_decay():
+    net = nn.Sequential(nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+    groups = adamw(1e-3, decay=0.1, hidden_rate=0.25)(net).param_groups
+    assert [[id(p) for p in group["params"]] for group in groups] == [
+        [id(net[0].weight)], [id(net[1].bias), id(net[1].weight), id(net[2].bias)], [id(net[2].weight)]
+    ]  # fmt: skip
+    assert [group["base_lr"] for group in groups] == [1e-3, 1e-3, 0.25e-3]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.4]
 
 
 def test_lamb_adapts_what_decays():
@@ -71,6 +82,40 @@ def test_sgd_is_the_formula():
         v = 0.9 * v + g + 0.01 * w
         w = w - 0.1 * v
     torch.testing.assert_close(got, w, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_lars_is_the_formula(nesterov: bool):
+    lr, m, decay, trust = 0.5, 0.9, 0.01, 0.1
+    w = torch.tensor([[3.0, -4.0], [0.0, 0.5]], dtype=torch.float64)
+    grads = [torch.tensor([[g, 0.1], [-0.2, g]], dtype=torch.float64) for g in (0.5, -0.2, 0.0)]
+    got = trained(lars(lr, m, decay, trust, nesterov), w, grads)
+    v = torch.zeros_like(w)
+    for g in grads:
+        rate = lr * trust * w.norm() / (g.norm() + decay * w.norm())
+        v = m * v + rate * (g + decay * w)
+        w = w - (rate * (g + decay * w) + m * v if nesterov else v)
+    torch.testing.assert_close(got, w, rtol=1e-12, atol=0)
+
+
+def test_lars_leaves_biases_and_norms_to_plain_momentum():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    adapted, plain = lars(0.1, decay=0.5)(net).param_groups
+    assert [p.ndim for p in adapted["params"]] == [4] and [p.ndim for p in plain["params"]] == [1, 1, 1]
+    assert (adapted["weight_decay"], plain["weight_decay"]) == (0.5, 0.0)
+    bias, grads = torch.tensor([1.0, -2.0]), [torch.tensor([0.3, 0.1]), torch.tensor([-0.2, 0.4])]
+    torch.testing.assert_close(trained(lars(0.1, decay=0.5), bias, grads), trained(sgd(0.1, 0.9), bias, grads))
+
+
+def test_lars_does_not_divide_by_a_norm_that_is_zero_and_refuses_what_is_no_tensor_of_its_own():
+    for value in (torch.zeros(2, 2), torch.ones(2, 2)):
+        got = trained(lars(0.1, decay=0.0), value, [torch.zeros(2, 2), torch.full((2, 2), 0.5)])
+        assert torch.isfinite(got).all() and not torch.equal(got, value)
+    optimizer = lars(0.1)(Holder(weight=torch.ones(2, 2)))
+    optimizer.param_groups[0]["params"] = [nn.Parameter(torch.ones(4))]
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(4)
+    with pytest.raises(UserError, match="zero1 to zero3"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("build", [adamw(1e-3), sgd(1e-2, momentum=0.9, decay=1e-4, nesterov=True)])

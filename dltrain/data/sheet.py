@@ -1,4 +1,4 @@
-"""Images to look at: a grid with captions."""
+"""Images to look at: a grid with captions, filters, or one after the other."""
 
 import io
 import math
@@ -34,3 +34,20 @@ def contact_sheet(images: Sequence[np.ndarray], captions: Sequence[str] = (), co
     png = io.BytesIO()
     sheet.save(png, "PNG")
     return png.getvalue()
+
+
+def animation(images: Sequence[np.ndarray], seconds: float) -> bytes:
+    """GIF of uint8 [H, W, 3] images of one size, each shown for `seconds` (at least 0.02), again and again."""
+    from PIL import Image
+
+    first, *others = [Image.fromarray(image).quantize(64) for image in images]
+    gif = io.BytesIO()
+    first.save(gif, "GIF", save_all=True, append_images=others, duration=round(1000 * seconds), loop=0)
+    return gif.getvalue()
+
+
+def filter_sheet(filters_NCHW: np.ndarray, zoom: int = 8) -> bytes:
+    """PNG of filters over C = 3 channels, each from its least value (black) to its greatest, a value `zoom` pixels."""
+    low, high = (limit((1, 2, 3), keepdims=True) for limit in (filters_NCHW.min, filters_NCHW.max))
+    bytes_NHWC = (255 * (filters_NCHW - low) / np.maximum(high - low, 1e-12)).astype(np.uint8).transpose(0, 2, 3, 1)
+    return contact_sheet([image.repeat(zoom, 0).repeat(zoom, 1) for image in bytes_NHWC])

@@ -5,6 +5,11 @@ its output layer. GPT (Radford et al. 2018, "Improving language understanding by
 has its norms behind each sublayer instead: `post_norm`. The sizes of GPT-3 (Brown et al. 2020,
 https://arxiv.org/abs/2005.14165, table 2.1) are here with dense attention in every layer, where the paper has a banded
 one in every other.
+
+`base_width` is muP (Yang et al. 2022, https://arxiv.org/abs/2203.03466, table 8): hyper-parameters found at that width
+hold at any other. Weights between hidden units start with a deviation that falls as 1 / sqrt(width) and have a rate
+that falls as 1 / width (`hidden_rate`, for the optimizer), the output is multiplied by base_width / width, and
+attention's products are divided by the width of a head instead of its root.
 """
 
 # B rows, L tokens of a row, D width, H heads, K width of a head, V vocabulary
@@ -32,10 +37,21 @@ class GptConfig:
     positions: int = 1024  # longest row, tokens
     dropout: float = 0.1  # of embeddings, of each sublayer's output and of attention probabilities
     post_norm: bool = False  # as the first GPT
+    base_width: int = 0  # muP's, where the hyper-parameters were found; 0: no muP
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise UserError(f"GPT's width ({self.width}) must be a multiple of its heads ({self.heads})")
+
+    @property
+    def hidden_rate(self) -> float:
+        """muP's multiplier of the output, and of Adam's rate for weights between hidden units; 1 without muP."""
+        return self.base_width / self.width if self.base_width else 1.0
+
+    @property
+    def attention_scale(self) -> float | None:
+        """muP's, of attention's products: 8 / K, which at K = 64 is the usual 1 / sqrt(K), meant by None."""
+        return 8 * self.heads / self.width if self.base_width else None
 
 
 class Linear(nn.Linear):
@@ -75,14 +91,15 @@ class Layer(nn.Module):
     def __init__(self, cfg: GptConfig):
         super().__init__()
         self.heads, self.dropout, self.post_norm = cfg.heads, cfg.dropout, cfg.post_norm
+        self.scale, inner = cfg.attention_scale, 0.02 * math.sqrt(cfg.hidden_rate)
         # GPT-2 scales what adds to the residual path, of which there are two a layer (section 2.3).
-        std = 0.02 if cfg.post_norm else 0.02 / math.sqrt(2 * cfg.layers)
+        outer = inner if cfg.post_norm else inner / math.sqrt(2 * cfg.layers)
         self.attention_norm = (AddNorm if cfg.post_norm else LayerNorm)(cfg.width)
-        self.qkv = Linear(cfg.width, 3 * cfg.width)
-        self.out = Linear(cfg.width, cfg.width, std)
+        self.qkv = Linear(cfg.width, 3 * cfg.width, inner)
+        self.out = Linear(cfg.width, cfg.width, outer)
         self.mlp_norm = AddNorm(cfg.width)
-        self.up = Linear(cfg.width, 4 * cfg.width)
-        self.down = Linear(4 * cfg.width, cfg.width, std)
+        self.up = Linear(cfg.width, 4 * cfg.width, inner)
+        self.down = Linear(4 * cfg.width, cfg.width, outer)
 
     def forward(self, h_BLD: Tensor, documents_BL: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
@@ -97,7 +114,7 @@ class Layer(nn.Module):
     def attend(self, n_BLD: Tensor, documents_BL: Tensor | None, dropout: float) -> Tensor:
         q_BHLK, k_BHLK, v_BHLK = self.qkv(n_BLD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         a_BHLK = ops.scaled_dot_product_attention(
-            q_BHLK, k_BHLK, v_BHLK, dropout_p=dropout, is_causal=True, documents=documents_BL
+            q_BHLK, k_BHLK, v_BHLK, dropout_p=dropout, is_causal=True, scale=self.scale, documents=documents_BL
         )
         return self.out(a_BHLK.transpose(1, 2).flatten(2))
 
@@ -117,7 +134,7 @@ class Gpt(nn.Module):
         self.norm = None if cfg.post_norm else LayerNorm(cfg.width)
 
     def hidden(self, ids_BL: Tensor, documents_BL: Tensor | None = None, positions_BL: Tensor | None = None) -> Tensor:
-        """Hidden states [B, L, D] of token ids [B, L].
+        """Hidden states [B, L, D] of token ids [B, L]; their products with the token embeddings are the logits.
 
         Of packed rows: a token sees those of its own document only, by the document numbers [B, L], and positions
         [B, L] count from the start of each. Raises UserError where a row is longer than the position table.
@@ -133,7 +150,8 @@ class Gpt(nn.Module):
         h_BLD = F.dropout(h_BLD, self.cfg.dropout, self.training)
         for layer in self.layers:
             h_BLD = layer(h_BLD, documents_BL)
-        return h_BLD if self.norm is None else self.norm(h_BLD)
+        h_BLD = h_BLD if self.norm is None else self.norm(h_BLD)
+        return h_BLD if self.cfg.hidden_rate == 1 else h_BLD * self.cfg.hidden_rate
 
     def forward(self, ids_BL: Tensor) -> Tensor:
         """Logits [B, L, V] of the token after each."""

@@ -51,6 +51,8 @@ def to_huggingface(state: dict[str, Tensor], cfg: GptConfig) -> tuple[dict[str, 
     """
     if cfg.post_norm:
         raise UserError("a GPT with its norms behind the sublayers is no GPT-2: it cannot be exported")
+    if cfg.base_width:
+        raise UserError("a GPT of muP has multipliers that a GPT-2 has not: it cannot be exported")
     _check(state, cfg, "the model's state")
     tensors = {theirs: _turned(ours, state[ours].detach().cpu()) for ours, theirs in _names(cfg).items()}
     config = {theirs: getattr(cfg, ours) for ours, theirs in _FIELDS.items()} | {

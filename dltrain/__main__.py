@@ -12,9 +12,11 @@ USAGE = """usage: dltrain COMMAND ...
   dltrain export RUN DIR        write the newest checkpoint's weights as DIR, in Hugging Face's layout
   dltrain sample RUN            continue a --prompt with the newest checkpoint of a language model
   dltrain prove RUN RUN         compare two runs to the bit: "identical" and exit code 0, or the first difference and 1
+  dltrain chaos [RECIPE ...]    kill, preempt and harm runs of a recipe; exit code 1 where one differs by a bit
   dltrain claims [RECIPE ...]   run recipes' claims and record what was measured; exit code 1 where one is not shown
   dltrain shards KIND SRC DST   make webdataset shards of images, text, jsonl, parquet, idx, imagenet or cifar10
   dltrain submit RECIPE ...     check a job on the login node, then hand it to SLURM; --nodes, --gpus, --dry-run
+  dltrain bench train           our trainer beside a bare loop and Hugging Face's Trainer: throughput, memory, phases
   dltrain data WHAT PATTERN     index, verify, stats, show or explain shards; bench how fast they are read
 """
 
@@ -43,6 +45,14 @@ def main() -> None:
                 same, words = prove(Path(a), Path(b))
                 print(words)
                 sys.exit(0 if same else 1)
+            case ["bench", *arguments]:
+                from dltrain.commands import bench
+
+                bench.main(arguments)
+            case ["chaos", *arguments]:
+                from dltrain.commands import chaos
+
+                chaos.main(arguments)
             case ["claims", *arguments]:
                 from dltrain.commands import claims
 

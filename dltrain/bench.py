@@ -1,7 +1,8 @@
-"""What exactness and comfort cost, measured: `python -m dltrain.bench [overhead|tree] [--json FILE]`.
+"""What exactness and comfort cost, measured: `python -m dltrain.bench [overhead|tree|guard] [--json FILE]`.
 
 overhead   steps per second of `fit` over a hand-written PyTorch loop that does the same work, BERT tiny, one process
 tree       seconds per step with the lanes' tree over the backend's own reduction, two processes, ddp and fsdp
+guard      seconds per step of `fit` with `--on-bad skip --spike 6` over those without a guard, BERT tiny, one process
 
 Both sides of a comparison run in one process, interleaved in short turns; a ratio is the median over turns, with the
 quartiles.
@@ -31,6 +32,7 @@ from torch import nn
 from dltrain import rundir
 from dltrain.data.loader import Loader, Rows
 from dltrain.data.order import Order
+from dltrain.guard import WINDOW, Guard
 from dltrain.launch import Launch
 from dltrain.loop import fit
 from dltrain.optim import adamw
@@ -98,6 +100,70 @@ def _bare_loop(cfg: bert.Config, rows: Rows) -> Iterator[None]:
         yield
 
 
+class _Unguarded:
+    """Finds every step good, and asks nothing."""
+
+    at_once, good = True, torch.tensor(True)
+
+    def skips(self, step: int) -> bool:
+        return False
+
+    def judge(self, *ignored: Any) -> torch.Tensor:
+        return self.good
+
+    def look(self) -> None: ...
+
+
+def guard(turns: int = 60, steps: int = 5) -> dict[str, Any]:
+    """Steps with the guard and without take turns of `steps` in one run; its own time is taken beside."""
+    total = (2 * (turns + 1) + 1) * steps + WINDOW  # the guard is back at the end
+    cfg = dataclasses.replace(bert.PRESETS["tiny"], steps=total, log_every=total, save_every=0, eval_every=0)
+    rows, _ = bert.data(cfg)
+    spent: dict[str, list[float]] = {"guarded": [], "unguarded": []}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(io.StringIO()),
+        Run(dataclasses.replace(cfg, out=f"{folder}/run", on_bad="skip", spike=6.0)) as run,
+    ):
+        task, optimizer = run.prepare(lambda: bert.PretrainBert(bert.model_config(cfg)), adamw(cfg.lr))
+        sides: dict[str, Any] = {"guarded": run.guard, "unguarded": _Unguarded()}
+        began = 0.0
+
+        def schedule(step: int) -> float:
+            nonlocal began
+            turn, place = divmod(step - WINDOW, steps)
+            if turn >= 0 and place == 0:  # the window of losses is full
+                now = time.perf_counter()
+                if turn > 0:
+                    spent[list(sides)[(turn - 1) % 2]].append((now - began) / steps)
+                run.guard = sides[list(sides)[turn % 2]]
+                began = time.perf_counter()
+            return linear(cfg.warmup, cfg.steps)(step)
+
+        fit(run, task, optimizer, schedule, run.batches(rows))
+        own = _seconds_of(sides["guarded"])
+    pairs = list(zip(spent["guarded"][1:], spent["unguarded"][1:], strict=False))
+    step_seconds = statistics.median(u for _, u in pairs)
+    return {
+        "what": "seconds per step of fit with on_bad skip and spike 6 over no guard, BERT tiny, 1 process, 1 thread",
+        "unguarded_step_seconds": step_seconds,
+        "guard_seconds": own,
+        "guard_share": own / step_seconds,
+        **_ratio([g / u for g, u in pairs]),
+        "goal": "<= 1.01",
+    }
+
+
+def _seconds_of(guard: Guard, calls: int = 2000) -> float:
+    """What judging a step takes by itself."""
+    sums, loss, norm = torch.ones(8, dtype=torch.float64), *torch.ones(2, dtype=torch.float64)
+    began = time.perf_counter()
+    for step in range(calls):
+        torch.where(guard.judge(step, loss, norm, sums[:0]), sums, 0.0)
+        guard.look()
+    return (time.perf_counter() - began) / calls
+
+
 def tree(turns: int = 30, steps: int = 3) -> dict[str, Any]:
     """Two gloo processes with one thread each; tree and backend take turns in the same processes."""
     with socket.socket() as s:
@@ -158,7 +224,8 @@ def _stepper(cfg: bert.Config, rows: Rows, rank: int) -> Iterator[None]:
             strategy.backward(task(micro.batch)["loss"], micro.lane, True)
             count += micro.batch["count"]
         dist.all_reduce(count)
-        strategy.step(count, cfg.clip)
+        strategy.reduce(count, cfg.clip)
+        strategy.step()
         yield
 
 
@@ -175,7 +242,7 @@ def main() -> None:
         at = arguments.index("--json")
         target = Path(arguments[at + 1])
         del arguments[at : at + 2]
-    benches = {"overhead": overhead, "tree": tree}
+    benches = {"overhead": overhead, "tree": tree, "guard": guard}
     if unknown := set(arguments) - set(benches):
         raise SystemExit(f"no benchmark {', '.join(unknown)}: there are {', '.join(benches)}")
     found = {name: benches[name]() for name in arguments or benches}

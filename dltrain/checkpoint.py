@@ -1,12 +1,17 @@
 """One checkpoint for every strategy: full tensors by name, sharded on disk, published by one rename.
 
 A checkpoint is a folder `step-00001000/` with torch.distributed.checkpoint's files, `state.json` (step, data position,
-...) and `manifest.json`, written last, with size and SHA-256 of every file. It is written as `.step-00001000.tmp/`,
-fsynced, then renamed: what has its final name is whole, or the manifest tells which file is not.
+...) and `manifest.json`, written last, with size and CRC-32C (RFC 3720, appendix B.4) of every file and of itself. It
+is written as `.step-00001000.TOKEN.tmp/`, fsynced, then renamed: what has its final name is whole, or the manifest
+tells which file is not.
+
+The bytes of the tensors are checked while they are loaded, by a thread, each rank its share of the files: before any
+rank goes on, all know that all are as written. A damaged one is renamed `damaged-step-00001000`, and the one before it
+is loaded over it.
 """
 
+import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import crc32c
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -25,7 +31,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from dltrain.errors import UserError
 from dltrain.files import sync, write_atomic
 
-FORMAT = 1
+FORMAT = 2
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # DCP: that one process is one process
 
 
@@ -39,21 +45,26 @@ def save(
     group: dist.ProcessGroup | None = None,
     published: Callable[[Path], None] = lambda path: None,
     background: bool = False,
+    check: Callable[[], None] = lambda: None,
+    token: int = 0,
 ) -> threading.Thread | None:
     """Write and publish a checkpoint; every rank of `group` (a CPU group; None: one process) calls it.
 
     Tensors are DTensors, or plain ones that are the same on every rank that has them. With `background` they are
-    copied, and a thread does the rest: join it before the next save.
+    copied, and a thread does the rest: join it before the next save. `check` is called right before the rename, and
+    `token` parts what this launch writes from what one that it superseded may still be writing (`fence.py`).
+    The `keep` newest whole ones are kept.
 
     Raises:
         UserError: when it cannot be written (no space, read-only). Nothing that was saved before is touched.
     """
-    temp, final = folder / f".step-{step:08d}.tmp", folder / f"step-{step:08d}"
+    temp, final = folder / f".step-{step:08d}.{token}.tmp", folder / f"step-{step:08d}"
     first = _rank(group) == 0
 
     def make() -> None:
         if first:
-            shutil.rmtree(temp, ignore_errors=True)
+            for left_over in folder.glob(".step-*.tmp"):
+                shutil.rmtree(left_over, ignore_errors=True)
             temp.mkdir(parents=True)
 
     def digests() -> dict[str, Any]:
@@ -64,16 +75,17 @@ def save(
             return
         state = json.dumps({"format": FORMAT, "step": step, **info}, indent=1).encode()
         write_atomic(temp / "state.json", state)
-        files["state.json"] = {"bytes": len(state), "sha256": hashlib.sha256(state).hexdigest()}
-        write_atomic(temp / "manifest.json", json.dumps(files, indent=1, sort_keys=True).encode())
+        files["state.json"] = {"bytes": len(state), "crc32c": crc32c.crc32c(state)}
+        manifest = {"step": step, "files": files, "crc32c": crc32c.crc32c(_canonical(step, files))}
+        write_atomic(temp / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
         sync(temp)
+        check()
         if final.exists():  # an unusable one of the same step
-            shutil.rmtree(final)
+            _remove(final)
         os.rename(temp, final)
         sync(folder)
         published(final)
-        for old in [path for path in steps(folder) if path.name <= final.name][:-keep]:  # a later one was skipped
-            shutil.rmtree(old, ignore_errors=True)
+        _prune(folder, final.name, keep)
 
     def together(work: Callable[[], Any]) -> list[Any]:
         """Every rank does its part; if one cannot, all raise the same error and the half-written folder goes away."""
@@ -131,24 +143,94 @@ def newest(folder: Path, skipped: Callable[[Path, str], None]) -> tuple[Path, di
 
 def damage(path: Path) -> str:
     """What is wrong with a checkpoint, in words that name the file; empty if it is whole."""
+    return _outside(path) or _inside(path)
+
+
+def _outside(path: Path) -> str:
+    """What can be seen without reading the tensors: all that is small, and the size of what is large."""
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
-        if not isinstance(manifest, dict) or not {"state.json", ".metadata"} <= set(manifest):
+        files = manifest["files"]
+        if crc32c.crc32c(_canonical(manifest["step"], files)) != manifest["crc32c"]:
+            return "manifest.json does not have the bytes that were written"
+        if path.name != f"step-{manifest['step']:08d}":
+            return f"manifest.json is that of step {manifest['step']}"
+        if not {"state.json", ".metadata"} <= set(files):
             return "manifest.json does not list the files of a checkpoint"
-        for name, want in manifest.items():
+        for name, want in files.items():
             if not (path / name).exists():
                 return f"{name} is missing"
             if (size := (path / name).stat().st_size) != want["bytes"]:
                 return f"{name} has {size} bytes instead of {want['bytes']}"
-            if _digest(path / name)["sha256"] != want["sha256"]:
-                return f"{name} does not have the bytes that were written (SHA-256 differs)"
+        for name in ("state.json", ".metadata"):
+            if _digest(path / name) != files[name]:
+                return f"{name} does not have the bytes that were written (CRC-32C differs)"
         if json.loads((path / "state.json").read_bytes())["format"] != FORMAT:
             return f"state.json is of another format than {FORMAT}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         return f"manifest.json or state.json cannot be read ({error})"
     return ""
+
+
+def _inside(path: Path, rank: int = 0, world: int = 1) -> str:
+    """Whether the tensors' files, of which this is one rank's share, have the bytes that were written."""
+    files = json.loads((path / "manifest.json").read_bytes())["files"]
+    for name in sorted(name for name in files if name.endswith(".distcp"))[rank::world]:
+        try:
+            if _digest(path / name) != files[name]:
+                return f"{name} does not have the bytes that were written (CRC-32C differs)"
+        except OSError as error:
+            return f"{name} cannot be read ({error})"
+    return ""
+
+
+def restore(
+    folder: Path,
+    templates: Callable[[], dict[str, Tensor]],
+    skipped: Callable[[Path, str], None],
+    group: dist.ProcessGroup | None = None,
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """The state of the newest whole checkpoint and its tensors, in `templates()`; None if none is whole.
+
+    Every rank of `group` calls it. `skipped` is told, on each, of every checkpoint that is damaged, and why. Nothing
+    was loaded where None is returned.
+
+    Raises:
+        UserError: for another model's checkpoint; if damage was found while loading and no other one is whole.
+    """
+    rank, world = _rank(group), 1 if group is None else dist.get_world_size(group)
+    tensors: dict[str, Tensor] = {}
+    names = _gather([path.name for path in steps(folder)], group)[0]
+    for path in [folder / name for name in reversed(names)]:
+        reason = _gather(_outside(path) if rank == 0 else "", group)[0]
+        alone = path.name == names[0]  # then there is nothing to load over it: look first
+        if not reason and alone:
+            reason = _first(_gather(_inside(path, rank, world), group))
+        if not reason:
+            look = _Thread(lambda at=path: _inside(at, rank, world))
+            failure: BaseException | None = None
+            if not alone:
+                look.start()
+            tensors = tensors or templates()
+            try:
+                load(path, tensors, group)
+            except (Exception, dcp.CheckpointException) as error:  # of damage, perhaps
+                failure = error
+            if not alone:
+                look.join()
+            reason = _first(_gather(look.found, group))
+            if not reason and failure:
+                raise failure
+        if not reason:
+            return json.loads((path / "state.json").read_bytes()), tensors
+        skipped(path, reason)
+        if rank == 0 and "cannot be read" not in reason:
+            _set_aside(path)
+    if tensors:
+        raise UserError(f"no checkpoint in {folder} is whole: delete the folder, and the run begins anew")
+    return None
 
 
 def load(path: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
@@ -179,15 +261,15 @@ def read(path: Path, prefix: str = "model/") -> dict[str, Tensor]:
 
 
 class _Thread(threading.Thread):
-    """A thread whose error comes out at join()."""
+    """A thread whose error comes out at join(); what its work returns is `found`."""
 
-    def __init__(self, work: Callable[[], None]):
+    def __init__(self, work: Callable[[], Any]):
         super().__init__(name="checkpoint")
-        self.work, self.error = work, None
+        self.work, self.error, self.found = work, None, ""
 
     def run(self) -> None:
         try:
-            self.work()
+            self.found = self.work()
         except BaseException as error:
             self.error: BaseException | None = error
 
@@ -238,6 +320,41 @@ def _owner(name: str) -> int:
     return int(name.split("_")[2]) if name.startswith("__") else 0
 
 
-def _digest(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+def _first(reasons: list[str]) -> str:
+    return next(filter(None, reasons), "")
+
+
+def _prune(folder: Path, newest: str, keep: int) -> None:
+    """Remove what is older than the `keep` newest whole ones, up to `newest`: a later one was skipped."""
+    whole = [path for path in steps(folder) if path.name <= newest and not _outside(path)]
+    for path in steps(folder):
+        if whole and path.name < whole[-keep:][0].name:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Its name first, so that nothing half removed ever looks like a checkpoint."""
+    old = path.with_name(f".{path.name}.old.tmp")
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(path, old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _set_aside(path: Path) -> None:
+    """Keep a damaged one for who wants to look, where it counts for nothing."""
+    aside = path.with_name(f"damaged-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(OSError):  # a folder that cannot be written: then it is skipped again
+        os.rename(path, aside)
+
+
+def _canonical(step: int, files: dict[str, Any]) -> bytes:
+    return json.dumps([step, files], sort_keys=True).encode()
+
+
+def _digest(path: Path) -> dict[str, int]:
+    crc, buffer = 0, bytearray(1 << 20)
+    with open(path, "rb", buffering=0) as file:
+        while n := file.readinto(buffer):
+            crc = crc32c.crc32c(memoryview(buffer)[:n], crc)
+        return {"bytes": file.tell(), "crc32c": crc}

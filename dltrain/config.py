@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from dltrain import signals
 from dltrain.errors import UserError
 
 Strategy = Literal["auto", "single", "ddp", "fsdp", "hybrid", "zero1", "zero2", "zero3"]
+OnBad = Literal["stop", "skip", "rollback"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
@@ -43,6 +45,11 @@ class Config(Settings):
     save_every: int = 0  # steps; 0: at the end
     save_async: bool = False  # write checkpoints while training goes on
     keep: int = 2  # newest checkpoints kept
+    on_bad: OnBad = "stop"  # what follows a step that is not finite, or a spike; rollback leaves out its data
+    spike: float = 0.0  # standard deviations over the last good losses that make a spike; 0: none is one
+    rollbacks: int = 3  # at most, in a run
+    hang_exit: int = 300  # seconds that a hang is given to move, once it is named; then all leave with code 70
+    check_replicas: int = 0  # steps between two comparisons of the copies of the weights, bit for bit; 0: never
     wandb: str = ""  # Weights & Biases project; empty: off
     debug: bool = False  # a checklist instead of a run: one process, deterministic, a minute
 
@@ -52,7 +59,8 @@ C = TypeVar("C", bound=Config)
 
 # These may differ from one launch of a run to the next. All else decides the numbers and belongs to the run.
 FREE = {"out", "steps", "strategy", "remat", "workers", "log_every", "eval_every", "save_every", "save_async", "keep"}
-FREE |= {"wandb", "debug", "lanes"}
+FREE |= {"wandb", "debug", "lanes", "on_bad", "spike", "rollbacks"}
+FREE |= {"hang_exit", "check_replicas"}
 
 
 def numbers(cfg: Config) -> dict[str, Any]:
@@ -96,7 +104,7 @@ def conflicts(cfg: Config, world: int, local_world: int) -> list[str]:
         "save_every": 0,
     }.items():
         refuse(getattr(cfg, name) < least, f"{name} ({getattr(cfg, name)}) must be at least {least}")
-    for name in ("keep", "workers", "clip"):
+    for name in ("keep", "workers", "clip", "hang_exit", "check_replicas"):
         least = 1 if name == "keep" else 0
         refuse(getattr(cfg, name) < least, f"{name} ({getattr(cfg, name)}) must be at least {least}")
     lanes = cfg.lanes or world
@@ -108,8 +116,20 @@ def conflicts(cfg: Config, world: int, local_world: int) -> list[str]:
     )
     refuse(cfg.strategy == "single" and world > 1, f"strategy single is one process, and {world} were started: use ddp")
     zero = cfg.strategy.startswith("zero")
+    refuse(
+        cfg.check_replicas > 0 and cfg.strategy not in ("ddp", "hybrid"),
+        f"check_replicas compares copies, and there are none under {cfg.strategy}: ddp and hybrid have them",
+    )
     refuse(zero and cfg.remat == "selective", f"remat selective is not offered under {cfg.strategy}: use full")
     refuse(zero and cfg.precision == "fp16", f"fp16 is not offered under {cfg.strategy}: use bf16")
+    refuse(zero and cfg.on_bad != "stop", f"on_bad {cfg.on_bad} is not offered under {cfg.strategy}: use stop, or fsdp")
+    refuse(
+        cfg.precision == "fp16" and cfg.on_bad == "skip", "fp16 skips what overflows by itself: use on_bad stop or bf16"
+    )
+    refuse(
+        cfg.on_bad == "rollback" and cfg.save_every == 0,
+        "on_bad rollback goes back to a checkpoint: give --save_every, in steps",
+    )
     refuse(
         zero and lanes % world != 0, f"{cfg.strategy} needs lanes ({lanes}) to be a multiple of the processes ({world})"
     )
@@ -173,7 +193,10 @@ def parse(config: type[S], presets: Mapping[str, S], recipe: str, argv: list[str
 
 
 def answer_help(config: type[S], presets: Mapping[str, S]) -> None:
-    """Where the command line asks for --help: print it and exit. A recipe calls this before it imports torch."""
+    """Where the command line asks for --help: print it and exit. A recipe calls this before it imports torch, and from
+    here on signals are noted."""
+    if issubclass(config, Config):
+        signals.listen()
     if {"-h", "--help"} & set(sys.argv[1:]):
         cli(lambda cfg: None, config, presets)
 
@@ -190,6 +213,8 @@ def cli(
     """
     module = sys.modules[config.__module__]
     recipe = Path(module.__file__ or "recipe").stem
+    if issubclass(config, Config):
+        signals.listen()
     try:
         described = (module.__doc__ or "").split("\n")[0]
         cfg = parse(config, presets or {"default": config()}, recipe, sys.argv[1:], described)

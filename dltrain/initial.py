@@ -63,3 +63,10 @@ def assign(target: Tensor, full: Tensor) -> None:
         target.to_local().copy_(shard.to_local())
     else:
         target.copy_(full)
+
+
+def assign_named(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give a materialised (perhaps sharded) module whole parameters and buffers by name."""
+    found = dict(module.named_parameters()) | dict(module.named_buffers())
+    for name, full in tensors.items():
+        assign(found[name], full)

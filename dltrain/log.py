@@ -31,11 +31,14 @@ class NullLog:
     def flush(self) -> None: ...
     def close(self) -> None: ...
 
+    rows = 0  # in metrics.jsonl
+
 
 class Log(NullLog):
     """The log of the run in `out`, which exists. `resumed` is the restored step; None begins the run anew.
 
-    Later rows, of steps that will run again, are dropped; so log a step's rows before the checkpoint of that step.
+    Later rows, of steps that will run again, are dropped, and all after the first `rows`;
+    so log a step's rows before the checkpoint of that step.
     `unit` is what the run counts: speed rows have `tokens_per_second` or `rows_per_second`. `wandb` names a project.
 
     Raises:
@@ -51,13 +54,15 @@ class Log(NullLog):
         tensorboard: bool = True,
         wandb: str = "",
         resumed: int | None = None,
+        rows: int | None = None,
     ) -> None:
         self.out, self.total = out, total_steps
         self.unit: Unit = unit
         self._wandb = _wandb(out, wandb) if wandb else None
         first = 0 if resumed is None else resumed + 1
         for name in ("metrics.jsonl", "speed.jsonl"):
-            rundir.rewind(out / name, first - 1)
+            rundir.rewind(out / name, first - 1, rows if name == "metrics.jsonl" else None)
+        self.rows = len(rundir.read_rows(out / "metrics.jsonl"))
         self._metrics = (out / "metrics.jsonl").open("a", buffering=1, encoding="ascii")
         self._speed = (out / "speed.jsonl").open("a", buffering=1, encoding="ascii")
         self._tensorboard = _tensorboard(out, first) if tensorboard else None
@@ -66,6 +71,7 @@ class Log(NullLog):
     def metrics(self, step: int, values: Values) -> None:
         """Append {"step": step, **values} to metrics.jsonl, and plot it. Values are numbers and read back bit-equal."""
         self._append(self._metrics, {"step": step, **values})
+        self.rows += 1
         self._plot(step, values)
 
     def speed(self, step: int, values: Values) -> None:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dltrain.data.loader import Rows
-from dltrain.evaluation import evaluate
+from dltrain.evaluation import evaluate_all
 from dltrain.run import Run
 
 
@@ -24,7 +24,8 @@ def fit(
     A task maps a micro-batch to sums, "loss" among them; `batch["count"]` says over how many items. `schedule` maps a
     step to a multiplier of the learning rate. `evals` are held-out rows by the name under which their means are logged.
     """
-    cfg, figures = run.cfg, {}
+    cfg, evals = run.cfg, evals or {}
+    figures = evaluate_all(run, task, evals) if run.unevaluated else {}
     for step in run.steps():
         multiplier = schedule(step)
         for group in optimizer.param_groups:
@@ -35,9 +36,7 @@ def fit(
         if run.due(cfg.log_every):
             run.report(grad_norm=norm, lr=optimizer.param_groups[0]["lr"])
         if run.due(cfg.eval_every):
-            for name, rows in (evals or {}).items():
-                figures[name] = evaluate(run, task, rows)
-                run.report_eval(name, figures[name])
+            figures = evaluate_all(run, task, evals)
         if run.due(cfg.save_every):
             run.save()
     return figures

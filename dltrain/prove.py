@@ -11,12 +11,18 @@ from torch import Tensor
 from dltrain import checkpoint, rundir
 from dltrain.errors import UserError
 
+LEDGER = {  # part of state.json -> words before its two values
+    "data": "the data stands at", "left_out": "left out is", "window": "since the last row the sums are",
+    "strategy": "the loss scale is", "guard": "the guard has",
+}  # fmt: skip
+
 
 def prove(a: Path, b: Path) -> tuple[bool, str]:
     """(whether the runs in `a` and `b` are identical, the first difference in words or the digest of both).
 
-    Metrics are compared row by row, then the newest step of which both have a whole checkpoint: data position, weights
-    and optimizer state, by name.
+    Metrics are compared row by row, then the newest step of which both have a whole checkpoint: the ledger of samples
+    (which data, in which order, how far, and what was left out; with the seed, of which all random numbers are pure
+    functions), the state of loss scale and guard, weights and optimizer state, by name.
 
     Raises:
         UserError: for a folder that is no run, or two runs without a whole checkpoint of one step.
@@ -35,9 +41,14 @@ def prove(a: Path, b: Path) -> tuple[bool, str]:
             f"{a} and {b} have no whole checkpoint of the same step: compare runs with the same --save-every"
         )
     paths = [run / "checkpoints" / whole[-1] for run in (a, b)]
-    data = [rundir.read_json(path / "state.json")["data"] for path in paths]
-    if data[0] != data[1]:
-        return False, f"{whole[-1]}: the data stands at {data[0]} in the first and {data[1]} in the second"
+    seeds = [rundir.read_json(run / "config.json")["config"].get("seed") for run in (a, b)]
+    if seeds[0] != seeds[1]:
+        return False, f"the seed is {seeds[0]} in the first and {seeds[1]} in the second"
+    states = [rundir.read_json(path / "state.json") for path in paths]
+    for name, words in LEDGER.items():
+        one, other = (state.get(name) for state in states)
+        if one != other:
+            return False, f"{whole[-1]}: {words} {one} in the first and {other} in the second"
     tensors = [checkpoint.read(path, "") for path in paths]
     if found := _tensors(*tensors):
         return False, f"{whole[-1]}: {found}"
@@ -45,7 +56,9 @@ def prove(a: Path, b: Path) -> tuple[bool, str]:
     for name in sorted(tensors[0]):
         digest.update(name.encode() + _bytes(tensors[0][name]).numpy().tobytes())
     rows = len(rundir.read_rows(a / "metrics.jsonl"))
-    return True, f"identical: {rows} rows, {len(tensors[0])} tensors of {whole[-1]}, SHA-256 {digest.hexdigest()[:16]}"
+    samples = (states[0]["data"] or {}).get("position", 0)
+    found = f"{rows} rows, {samples} samples, {len(tensors[0])} tensors of {whole[-1]}"
+    return True, f"identical: {found}, SHA-256 {digest.hexdigest()[:16]}"
 
 
 def _rows(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> str:

@@ -13,14 +13,9 @@ The only object that knows a rank. A loop is the recipe's own; these verbs make 
 """
 
 import contextlib
-import dataclasses
-import os
 import sys
-import textwrap
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,25 +23,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dltrain import checkpoint, config, launch, rundir
+from dltrain import config, heal, replicas
 from dltrain.config import Config
-from dltrain.damage import LeftOut, tell
 from dltrain.data.loader import Loader, Rows
 from dltrain.data.order import Order, Ordering
 from dltrain.data.ramp import Ramp
+from dltrain.doctor.doctor import Doctor
 from dltrain.errors import UserError
 from dltrain.lanes import all_gather
-from dltrain.log import Log, NullLog
+from dltrain.models.batch_norm import Statistics
+from dltrain.resume import Resumable
 from dltrain.seeds import key, seed_step
-from dltrain.signals import Signals
+from dltrain.signals import Signals, Stop, end_with_launcher
 from dltrain.speed import Speed
 from dltrain.strategy import Lanes
-from dltrain.world import World
 
-STOPPED = 75  # exit code of a run that a signal stopped and that can go on: EX_TEMPFAIL of sysexits.h
+NO_DATA = 2.0**20  # more than there are lanes: a signal came before a step's data
 
 
-class Run(World):
+class Run(Resumable):
     """One launch of a run. `cfg` is resolved on entry: out, lanes, strategy and precision are what will be used.
 
     Raises:
@@ -55,34 +50,45 @@ class Run(World):
     """
 
     def __init__(self, cfg: Config):
-        super().__init__()
-        self.cfg = launch.honour(cfg, os.environ)
-        self.step_done = 0  # optimizer steps that are in the weights
-        self.loader: Loader | None = None
+        super().__init__(cfg)
         self.leaving = contextlib.ExitStack()
-        self._saving: threading.Thread | None = None
-        self._saved_step = -1
-        self.window: Tensor | None = None  # sums, damaged rows and count since the last report
-        self.left_out = LeftOut()
 
     def __enter__(self) -> "Run":
+        self.doctor = Doctor(self.cfg.out, self.me, lambda: self.step_done, self.cfg.hang_exit)
+        try:
+            return self._enter()
+        except BaseException:
+            self.doctor.stop()
+            raise
+
+    def _enter(self) -> "Run":
         self.join()
+        self.doctor.watch.spins = self.device.type == "cuda"
         self.agree(self.cfg)
-        self._resolve()
+        self.resolve()
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore  # a debugging aid, 2% of a step
         torch.backends.cudnn.benchmark = False
         if self.cfg.strategy not in ("single", "ddp") or self.cfg.precision != "fp32":
             self.join_alone()
         self.signals = Signals(say=self.me.rank == 0)
+        if self.me.by in ("torchrun", "accelerate"):
+            end_with_launcher()
         self.speed = Speed(self.device, self.me.world, self.cfg.precision)
-        self.log = NullLog()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        try:
+            self._exit(kind, error, trace)
+        finally:
+            self.doctor.stop()
+
+    def _exit(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         self.leaving.close()
         self.settle(quiet=error is not None)
         self.log.close()
+        if self.fence:
+            self.fence.release()
         self.signals.restore()
         if not dist.is_initialized():
             return
@@ -91,15 +97,7 @@ class Run(World):
             dist.destroy_process_group()
         elif self.me.world > 1 and not isinstance(error, UserError):
             sys.excepthook(kind, error, trace)  # type: ignore[arg-type]
-            config.leave(1)  # the others may wait for this one in a collective: do not wait for them
-
-    def _resolve(self) -> None:
-        self.before = self.first(lambda: _recorded(Path(self.cfg.out)))
-        try:
-            self.cfg, self.threads = config.settle(self.cfg, self.me.world, self.me.local_world, self.before)
-        except UserError as error:
-            raise self.alike(error) from None
-        torch.set_num_threads(self.threads)  # launchers set it differently
+            config.leave(self.doctor.last_words(error))  # the others may wait in a collective: do not wait for them
 
     # --- the task, its data, its past ----------------------------------------------------------------------------
 
@@ -120,60 +118,9 @@ class Run(World):
         else:
             self.strategy = Lanes(self.cfg, self.me, self.device)
         self.task, self.optimizer = self.strategy.prepare(build_task, build_optimizer, weights)
-        self.first(self._open)
-        self._restore()
-        self._start_log()
+        self.statistics = Statistics(self.strategy.module)
+        self.open()
         return self.task, self.optimizer
-
-    def _open(self) -> None:
-        out, recipe = Path(self.cfg.out), config.recipe_name(self.cfg)
-        settled = dataclasses.asdict(self.cfg) | {"threads": self.threads}
-        processes = f"{self.me.world} process{'es' if self.me.world > 1 else ''} by {self.me.by}"
-        if self.me.by == "accelerate" and self.me.world == 1 and self.device.type == "cpu":
-            processes += " (which starts several on CPUs with --multi_gpu only)"
-        print(f"{recipe}  config {config.digest(rundir.plain(settled))}  {self.device.type}, {processes}")
-        fields = "  ".join(f"{k}={v}" for k, v in settled.items())
-        print(
-            textwrap.fill(fields, 118, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False), flush=True
-        )
-        command = [sys.executable, *sys.argv]
-        try:
-            rundir.describe(out, recipe=recipe, config=settled, command=command)
-        except OSError as error:
-            raise UserError(f"{out} cannot be written ({error.strerror}): choose another --out") from None
-        if 0 < self.before.get("lanes", -1) < self.cfg.lanes:
-            said = f"{self.before['lanes']} lanes became {self.cfg.lanes}, one a process: other bits from here on"
-            print(said, flush=True)
-            rundir.append_event(out, "lanes", before=self.before["lanes"], now=self.cfg.lanes)
-
-    def _restore(self) -> None:
-        folder, skipped = Path(self.cfg.out) / "checkpoints", []
-        found = self.first(lambda: checkpoint.newest(folder, lambda path, why: skipped.append((path, why))))
-        for path, why in skipped:
-            print(f"skipping {path}: {why}", file=sys.stderr, flush=True)
-            rundir.append_event(Path(self.cfg.out), "skipped", checkpoint=path.name, reason=why)
-        self.restored: dict[str, Any] = {}
-        if found is None:
-            return
-        path, self.restored = found
-        tensors = self.strategy.templates()
-        checkpoint.load(path, tensors, self.group)
-        self.strategy.loaded(tensors)
-        self.strategy.restore(self.restored["strategy"])
-        self.left_out.restore(self.restored["left_out"])
-        self.step_done = self._saved_step = self.restored["step"]
-        if self.restored["window"] is not None:
-            self.window = torch.tensor(self.restored["window"], dtype=torch.float64, device=self.device)
-
-    def _start_log(self) -> None:
-        resumed = self.step_done if self.restored else None
-        if self.me.rank == 0:
-            unit = "tokens" if self.speed.row_tokens else "rows"
-            self.log = Log(
-                Path(self.cfg.out), total_steps=self.cfg.steps, unit=unit, wandb=self.cfg.wandb, resumed=resumed
-            )
-            if resumed is not None:
-                self.log.event("resume", step=resumed, world=self.me.world, strategy=self.cfg.strategy, by=self.me.by)
 
     def batches(
         self, rows: Rows, order: Ordering | None = None, ramp: Sequence[tuple[int, int]] | None = None
@@ -188,73 +135,125 @@ class Run(World):
         micro = cfg.micro_batch or min(size for _, size in sizes.sizes) // n
         loader = Loader(
             rows, order or Order(len(rows), key("order", cfg.seed)), batch=sizes, lanes=n, micro_batch=micro,
-            workers=cfg.workers, pin=self.device.type == "cuda",
+            workers=cfg.workers, pin=self.device.type == "cuda", jumps=self.skipped.jumps(),
         )  # fmt: skip
         if self.restored:
             loader.check(self.restored["data"])
-        self.loader = loader
-        mine = [min(lane, n - 1) for lane in self.strategy.mine]
-        steps = loader.steps(self.step_done, cfg.steps, mine)
-        self.leaving.callback(steps.close)  # ends the workers
-        return steps
+        self.loader, self._stream = loader, loader.steps(0, 0, [])
+        self.read_from_here()
+        return iter(lambda: next(self._stream), None)
+
+    def read_from_here(self) -> None:
+        """Let the data of `batches` go on at this step."""
+        assert self.loader
+        self._stream.close()
+        mine = [min(lane, self.strategy.lanes - 1) for lane in self.strategy.mine]
+        self._stream = self.loader.steps(self.step_done, self.cfg.steps, mine)
+        self.leaving.callback(self._stream.close)  # ends the workers
 
     # --- the step ------------------------------------------------------------------------------------------------
 
     def steps(self) -> Iterator[int]:
         """The steps still to do. After a signal to any rank, all save the step they are in and leave (exit code 75)."""
         self.speed.begin(self.step_done)
+        if self.step_done < self.cfg.steps and any(self.gather(bool(self.signals.name))):
+            self.leave_by_signal()
+        if self.cfg.on_bad == "rollback" and not self.restored:
+            self.save()  # something to go back to
         while self.step_done < self.cfg.steps:
             yield self.step_done
+            if self.guard.at_once or self.step_done == self.cfg.steps:
+                self.look()
+            if self.bad:
+                bad, self.bad = self.bad, None
+                heal.go_back(self, bad)
             if self.step_done < self.cfg.steps and self._stopped():
-                self._leave_by_signal()
+                self.leave_by_signal()
 
     def lanes(self, data: Iterator[list[Any]]) -> Iterator[dict[str, Tensor]]:
         """This process's micro-batches of the step, on its device, each with its own random numbers."""
+        yield from self.each(self.fetch(data))
+
+    def fetch(self, data: Iterator[list[Any]]) -> list[Any]:
+        """This process's micro-batches of the step, for a loss that couples rows: `each` then goes through them."""
         began = time.perf_counter()
-        micros = next(data)
+        micros, self._no_data = self._next(data)
         self.speed.wait(time.perf_counter() - began)
+        return micros
+
+    def each(self, micros: list[Any]) -> Iterator[dict[str, Tensor]]:
+        """What `lanes` gives, of micro-batches that `fetch` gave."""
         parts, n = micros[0].parts, self.strategy.lanes
         lanes = [self.strategy.mine[i // parts] for i in range(len(micros))]
-        self.strategy.begin(sum(int(m.batch["count"]) for m, lane in zip(micros, lanes, strict=True) if lane < n))
+        count = sum(int(m.batch["count"]) for m, lane in zip(micros, lanes, strict=True) if lane < n)
+        if self.strategy.begin(count, self._no_data):
+            self.leave_by_signal()
         self.sums: dict[int, Tensor] = {}
         for micro, lane in zip(micros, lanes, strict=True):
             self._at = (lane, micro.part == parts - 1)
-            self._counts = [float(len(micro.damaged)), float(micro.batch["count"])]
+            self._counts = [float(len(micro.damaged)), float(micro.batch["count"]), NO_DATA * self._no_data]
             self.left_out.note(self.step_done + 1, micro.damaged if lane < n else [])
             seed_step(self.cfg.seed, self.step_done, min(lane, n - 1), micro.part)
             self.strategy.forward_of(self._at[1])
             yield {k: v.to(self.device, non_blocking=True) for k, v in micro.batch.items()}
+
+    def _next(self, data: Iterator[list[Any]]) -> tuple[list[Any], bool]:
+        """The step's micro-batches. If a signal came before them: padding, and True. The others may be waiting for this
+        process in the step's exchanges, so it takes the step with them, and none of them takes the update."""
+        if self.loader is None:
+            return next(data), False
+        try:
+            with self.signals.waiting():
+                return next(data), False
+        except Stop:
+            if self.me.world == 1:
+                self.leave_by_signal()
+            return self.loader.padding(self.step_done, self.strategy.mine), True
 
     def backward(self, sums: dict[str, Tensor]) -> None:
         """Take an objective's sums over the micro-batch; `sums["loss"]` is what is trained."""
         lane, last = self._at
         self.names = sorted(sums)
         values = torch.stack([sums[k].detach().double() for k in self.names])
-        extra = values.new_tensor([*self._counts, float(bool(self.signals.name))])
-        values = torch.cat([values, extra])
-        self.sums[lane] = self.sums[lane] + values if lane in self.sums else values
+        extra = values.new_tensor(self._counts)
+        extra[-1] += bool(self.signals.name)
         self.strategy.backward(sums["loss"], lane, last)
+        values = torch.cat([values, extra, *self.statistics.take()])
+        self.sums[lane] = self.sums[lane] + values if lane in self.sums else values
 
     def step(self) -> Tensor:
         """Combine the lanes, divide once by the global count, clip, update. Returns the gradient's norm."""
-        self.total = self._add_lanes([self.sums[lane] for lane in self.strategy.mine])
-        self.window = self.total[:-1] if self.window is None else self.window + self.total[:-1]
-        self.norm = self.strategy.step(self.total[-2], self.cfg.clip)
+        added = self.gather_lanes([self.sums[lane] for lane in self.strategy.mine]).sum(0)
+        self._asked = float(added[len(self.names) + 2]) if self.me.world > 1 else 0.0  # waits for the device
+        if self._asked >= NO_DATA:
+            self.leave_by_signal()
+        n = len(self.names)
+        loss, norm = added[self.names.index("loss")] / added[n + 1], self.strategy.reduce(added[n + 1], self.cfg.clip)
+        self.look()  # at the step before, which a GPU has long judged
+        good = self.guard.judge(self.step_done + 1, loss, norm, added[n + 3 :])
+        self.strategy.step(good if self.guard.skips(self.step_done + 1) else None)
+        counted = torch.where(good, added, 0.0)
+        self.window = counted[: n + 2] if self.window is None else self.window + counted[: n + 2]
+        self.statistics.update(counted[n + 3 :])
         self.step_done += 1
         self.log.tick(self.step_done)
-        return self.norm
+        if self.cfg.check_replicas and self.step_done % self.cfg.check_replicas == 0:
+            replicas.check(self, self.strategy.tensors(), self.strategy.copies(), self.step_done)
+        return torch.where(good, norm.to(self.device), torch.nan)  # no more of a bad step than the record knows
 
-    def _add_lanes(self, mine: list[Tensor]) -> Tensor:
-        """Every lane's sums, gathered and added in the lanes' order."""
+    def gather_lanes(self, mine: list[Tensor]) -> Tensor:
+        """A tensor for each of this process's lanes, all of one shape -> [lanes, ...]: all lanes', in order, everywhere."""
         n, world = self.strategy.lanes, self.me.world
+        here = torch.stack(mine)
         if world == 1:
-            return torch.stack(mine).sum(0)
+            return here
         width = -(-n // world)
-        mine += [torch.zeros_like(mine[0])] * (width - len(mine))
-        everyone = mine[0].new_empty(world * width, mine[0].numel())
-        all_gather(everyone, torch.stack(mine))
+        if len(mine) < width:
+            here = torch.cat([here, here.new_zeros(width - len(mine), *here.shape[1:])])
+        everyone = here.new_empty(world * width, *here.shape[1:])
+        all_gather(everyone, here)
         where = {lane: r * width + i for r in range(world) for i, lane in enumerate(self.strategy.deal(n, world, r))}
-        return everyone[[where[lane] for lane in range(n)]].sum(0)
+        return everyone[[where[lane] for lane in range(n)]]
 
     def means(self) -> dict[str, float]:
         """The sums since the last call over their global count: waits for the device."""
@@ -287,13 +286,6 @@ class Run(World):
         """Rows that the steps before `step` have read."""
         return self.loader.ramp.position(step) if self.loader else step * self.cfg.batch
 
-    def share_damage(self, always: bool = False) -> int:
-        """How many rows of the window were damaged; if any (or `always`) all ranks tell one another which."""
-        damaged = 0 if self.window is None else int(self.window[-2])
-        if damaged or always:
-            tell(self.left_out.share(self.gather), self.log.event if self.me.rank == 0 else None)
-        return damaged
-
     def report_eval(self, name: str, means: dict[str, float]) -> None:
         """Log held-out figures under `name/...`."""
         values = {f"{name}/{k}": v for k, v in means.items()}
@@ -301,69 +293,5 @@ class Run(World):
         self.log.line(self.step_done, values)
         self.speed.begin(self.step_done)
 
-    def save(self) -> None:
-        """Publish a checkpoint of the step just done; with save_async, training goes on while it is written."""
-        self.settle()
-        self.log.flush()
-        folder = Path(self.cfg.out) / "checkpoints"
-        if self._saved_step == self.step_done:
-            return
-        self._refuse_poison()
-        self.share_damage()
-        self._saved_step = self.step_done
-        info = {
-            "strategy": self.strategy.state(),
-            "data": self.loader.state(self.step_done) if self.loader else {},
-            "left_out": self.left_out.state(),
-            "window": self.window if self.window is None else self.window.tolist(),
-            "written_by": {"strategy": self.cfg.strategy, "world": self.me.world, "torch": torch.__version__},
-        }
-        step, log = self.step_done, self.log
-        self._saving = checkpoint.save(
-            folder, step, self.strategy.tensors(), info, keep=self.cfg.keep, group=self.group,
-            published=lambda path: log.event("save", step=step, checkpoint=path.name),
-            background=self.cfg.save_async,
-        )  # fmt: skip
-        self.speed.saved = time.monotonic()
-
-    def _refuse_poison(self) -> None:
-        """Weights that are no numbers must not push out good ones. (fp16 may overflow: that step was skipped.)"""
-        known = self.cfg.precision != "fp16" and not self.cfg.strategy.startswith("zero")
-        if not bool(torch.isfinite(self.total).all()) or (known and not bool(torch.isfinite(self.norm))):
-            why = f"the loss or its gradient is not finite at step {self.step_done}: not saved"
-            raise self.alike(
-                UserError(f"{why}; earlier checkpoints are whole; lower --lr, or raise --warmup, in a new --out")
-            )
-
-    def weights(self) -> dict[str, Tensor]:
-        """The newest checkpoint's whole weights by parameter name, on the CPU."""
-        return checkpoint.read(checkpoint.steps(Path(self.cfg.out) / "checkpoints")[-1])
-
-    def settle(self, quiet: bool = False) -> None:
-        """Wait for a checkpoint that is still being written."""
-        if self._saving is not None:
-            thread, self._saving = self._saving, None
-            try:
-                thread.join()
-            except UserError:
-                if not quiet:
-                    raise
-
     def _stopped(self) -> bool:
-        return bool(self.total[-1] > 0) if self.me.world > 1 else bool(self.signals.name)
-
-    def _leave_by_signal(self) -> None:
-        self.save()
-        self.settle()
-        name = self.signals.name or "a signal to another rank"
-        self.log.event("signal", signal=name, step=self.step_done)
-        if self.me.rank == 0:
-            print(f"stopped by {name} after step {self.step_done}, saved; the same command goes on", flush=True)
-        raise SystemExit(130 if name == "SIGINT" else STOPPED)
-
-
-def _recorded(out: Path) -> dict[str, Any]:
-    """The configuration of the run in `out`, {} if there is none."""
-    if not out.name:
-        raise UserError("out (the run directory) is empty: give --out DIR")
-    return rundir.read_json(out / "config.json")["config"] if (out / "config.json").exists() else {}
+        return self._asked > 0 if self.me.world > 1 else bool(self.signals.name)

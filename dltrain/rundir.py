@@ -4,6 +4,7 @@
     command.txt       the first launch's command                speed.jsonl    what depends on the clock
     environment.json  versions, hardware, commit                events.jsonl   what happened when: starts, saves, ...
     diff.patch        uncommitted changes, if there were any    checkpoints/ tensorboard/ results.json report.html
+    hang/             dossiers and stacks of a run that hung
 
 JSON here is strict (RFC 8259), which has no NaN: non-finite floats are the strings "NaN", "Infinity", "-Infinity",
 so `float(value)` reads every number back, bit for bit (Python writes the shortest digits that do).
@@ -24,7 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dltrain import __version__, files
+from dltrain import __version__, files, slurm
 from dltrain.config import digest
 from dltrain.errors import UserError
 
@@ -33,14 +34,17 @@ _PACKAGES = ("torch", "deepspeed", "accelerate", "webdataset", "sentencepiece", 
 
 @contextmanager
 def saving(path: Path) -> Iterator[None]:
-    """Around a write to `path`: a full disk (or quota) becomes a UserError that says so."""
+    """Around a write to `path`: a full disk (or quota), or one that fails, becomes a UserError that says so."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
             raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        said = "no space left on device" if full else os.strerror(error.errno).lower()
+        advice = "free some" if full else "see to the disk"
         raise UserError(
-            f"{path}: no space left on device; nothing already saved was lost: free some and run the same command again"
+            f"{path}: {said}; nothing already saved was lost: {advice} and run the same command again"
         ) from error
 
 
@@ -109,18 +113,19 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return [row for line in file if (row := _row(line)) is not None]
 
 
-def rewind(path: Path, step: int) -> int:
-    """Drop from `path` the rows after `step` and any torn ones, atomically; returns how many were dropped.
+def rewind(path: Path, step: int, rows: int | None = None) -> int:
+    """Drop from `path` the rows after `step`, after the first `rows`, and torn ones; returns how many were dropped.
 
-    A checkpoint of step s is published after the rows of step s are fsynced, so what this keeps is whole.
+    A checkpoint of step s is published after the rows of step s are fsynced, so what this keeps is whole. It is a new
+    file in any case: a launch that was superseded and still has the old one open writes where nobody reads.
     """
     if not path.exists():
         return 0
     with path.open("rb") as file:
         lines = file.readlines()
     kept = [line for line in lines if (row := _row(line)) is not None and row.get("step", step + 1) <= step]
-    if len(kept) < len(lines):
-        write_atomic(path, b"".join(kept))
+    kept = kept[:rows]
+    write_atomic(path, b"".join(kept))
     return len(lines) - len(kept)
 
 
@@ -158,7 +163,7 @@ def describe(out: Path, *, recipe: str, config: dict[str, Any], command: list[st
         (out / "diff.patch").unlink(missing_ok=True)
     if "config" not in event:
         write_atomic(out / "command.txt", f"{shlex.join(command)}\n".encode(errors="surrogateescape"))
-    append_event(out, "start", **event)
+    append_event(out, "start", **event, **slurm.facts(os.environ))
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:

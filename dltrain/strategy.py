@@ -4,11 +4,13 @@ The units of sharding, rematerialisation and compilation are the elements of eve
 four use one cast policy, FSDP2's, on a mesh of one process where nothing is sharded, so that they give the same bits.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -16,7 +18,8 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dltrain.config import Config
-from dltrain.initial import assign, fill, leaves
+from dltrain.gate import Gate
+from dltrain.initial import assign_named, fill, leaves
 from dltrain.kernels.adamw import AdamW
 from dltrain.kernels.lamb import Lamb
 from dltrain.lanes import Tree, TreeAllReduce, TreeReduceScatter, all_gather, blocks, fold_rows, rounds
@@ -86,9 +89,9 @@ class Lanes:
             self._shard()
         self.module.to_empty(device=self.device)
         fill(self.module, originals, self.cfg.seed)
-        for name, full in (weights() if weights else {}).items():
-            assign(self.module.get_parameter(name), full)
+        assign_named(self.module, weights() if weights else {})
         self.optimizer = build_optimizer(self.module)
+        self.gate = Gate(self.module, self.optimizer)
         self.names, self.params = map(list, zip(*self.module.named_parameters(), strict=True))
         self.index = self._row_index()
         task = self.module
@@ -124,8 +127,10 @@ class Lanes:
         both = init_device_mesh(kind, (world, 1), mesh_dim_names=("replicate", "shard"))
         return both if self.backend else both["shard"]
 
-    def begin(self, count: int) -> None:
-        """A step begins; `count` are the items of this process's counted lanes."""
+    def begin(self, count: int, stop: bool) -> bool:
+        """A step begins; `count` are the items of this process's counted lanes. Whether all know by now that one of
+        them asks to `stop` before it: they will know it before the update."""
+        return False
 
     def forward_of(self, last: bool) -> None:
         """A micro-batch's forward comes; exchange gradients in its backward if it is the `last` of its lane."""
@@ -148,23 +153,38 @@ class Lanes:
         )
         self.optimizer.zero_grad()
 
-    def step(self, count: Tensor, clip: float) -> Tensor:
-        """Finish the tree, divide once by the global `count`, clip, update. Returns the gradient's norm (float64)."""
+    def reduce(self, count: Tensor, clip: float) -> Tensor:
+        """Finish the tree; the gradient's norm (float64) after the one division by the global `count`, before the clip.
+
+        Division and clip are one factor, by which the update multiplies.
+        """
         self._combine()
         grads = [_local(p.grad) for p in self.params]
         per_item = 1.0 / (count * self.scale)
         if self.backend and not self.sharded and not isinstance(self.task, FSDPModule):
             per_item = per_item * self.launch.world  # DDP averages
-        norm = self._square_sum(grads).sqrt() * per_item
-        factor = per_item * torch.clamp(clip / norm, max=1.0) if clip > 0 else per_item
-        if self.cfg.precision != "fp16" or self._finite(norm):
-            if isinstance(self.optimizer, AdamW | Lamb):  # their kernels multiply as they read
-                self.optimizer.step(scale=factor)
-            else:
-                torch._foreach_mul_(grads, factor.to(grads[0].dtype))
-                self.optimizer.step()
+        self.norm = self._square_sum(grads).sqrt() * per_item
+        self.factor = per_item * torch.clamp(clip / self.norm, max=1.0) if clip > 0 else per_item
+        return self.norm
+
+    def step(self, good: Tensor | None = None) -> None:
+        """Update, unless `good` (0-d bool on the device) is false: then weights, moments and counts keep their bits.
+
+        A GPU is not waited for; `gate.take_back()` must follow such a step before the next one.
+        """
+        if good is not None and good.device.type != "cpu":
+            self.gate.through(self._update, good)
+        elif (good is None or bool(good)) and (self.cfg.precision != "fp16" or self._finite(self.norm)):
+            self._update()
         self.optimizer.zero_grad()
-        return norm
+
+    def _update(self, good: Tensor | None = None) -> None:
+        if isinstance(self.optimizer, AdamW | Lamb):  # their kernels multiply as they read
+            self.optimizer.step(scale=self.factor, good=good)
+            return
+        grads = [_local(p.grad) for p in self.params]
+        torch._foreach_mul_(grads, self.factor.to(grads[0].dtype))
+        self.optimizer.step()
 
     def _combine(self) -> None:
         if self.backend or (self.sharded and self.launch.world > 1):
@@ -228,12 +248,19 @@ class Lanes:
             found |= {f"optim/{n}/{k}": v for k, v in state.items() if isinstance(v, Tensor)}
         return found
 
+    def copies(self) -> ProcessGroup | None:
+        """The ranks that have the same shards as this one, or all of them (None)."""
+        return self.mesh.get_group("replicate") if self.cfg.strategy == "hybrid" else None
+
     def templates(self) -> dict[str, Tensor]:
         """What a checkpoint is loaded into: the state itself."""
         return self.tensors()
 
     def loaded(self, tensors: dict[str, Tensor]) -> None:
-        """`templates()` have been filled: nothing to do."""
+        """`templates()` have been filled: forget the whole weights that an evaluation may have left behind."""
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def state(self) -> dict[str, float]:
         return {"scale": self.scale, "good_steps": self.good_steps}
@@ -248,12 +275,14 @@ def materialise(optimizer: Optimizer) -> None:
     if optimizer.state:
         return
     rates = [group["lr"] for group in optimizer.param_groups]
+    hooks, optimizer._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks, OrderedDict()
     for group in optimizer.param_groups:
         group["lr"] = 0.0
         for p in group["params"]:
             p.grad = torch.zeros_like(p)
     optimizer.step()
     optimizer.zero_grad()
+    optimizer._optimizer_step_post_hooks = hooks
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     for state in optimizer.state.values():

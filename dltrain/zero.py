@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dltrain.config import Config
-from dltrain.initial import assign, fill
+from dltrain.errors import UserError
+from dltrain.initial import assign_named, fill
 from dltrain.lanes import blocks
 from dltrain.launch import Launch
 from dltrain.strategy import materialise, on_meta
@@ -47,8 +48,7 @@ class Zero:
         self.module, originals = on_meta(self.cfg, build_task)
         self.module.to_empty(device=self.device)
         fill(self.module, originals, self.cfg.seed)
-        for name, full in (weights() if weights else {}).items():
-            assign(self.module.get_parameter(name), full)
+        assign_named(self.module, weights() if weights else {})
         rows = self.cfg.batch // self.lanes
         micro = self.cfg.micro_batch or rows
         parts = len(self.mine) * rows // micro
@@ -68,15 +68,19 @@ class Zero:
         deepspeed.init_distributed("nccl" if self.device.type == "cuda" else "gloo", verbose=False)
         made: Any = deepspeed.initialize(model=self.module, optimizer=optimizer, config=config)
         self.engine, self.optimizer = made[0], made[1]
+        for buffer in self.module.buffers():  # in bf16 the engine has cast them too
+            buffer.data = buffer.float() if buffer.is_floating_point() else buffer
         self.names, self.params = map(list, zip(*self.module.named_parameters(), strict=True))
         self._materialise()  # stages 1 and 2 link parameters to moments at the first step of the first group, too early
         return self.engine, self.optimizer
 
-    def begin(self, count: int) -> None:
+    def begin(self, count: int, stop: bool) -> bool:
         """Learn the divisor before backward: DeepSpeed clips and steps before the sums of the other ranks are known."""
-        total = torch.tensor(count, dtype=torch.int64, device=self.device)
-        dist.all_reduce(total)
-        self.per_item = self.launch.world * self.parts / int(total)
+        told = torch.tensor([count, stop], dtype=torch.int64, device=self.device)
+        dist.all_reduce(told)
+        total, stops = told.tolist()
+        self.per_item = self.launch.world * self.parts / max(total, 1)
+        return stops > 0
 
     def forward_of(self, last: bool) -> None:
         """Nothing to announce: the engine counts micro-batches."""
@@ -86,10 +90,15 @@ class Zero:
         self.engine.backward(loss * self.per_item)
         self.engine.step()
 
-    def step(self, count: Tensor, clip: float) -> Tensor:
-        """The engine has stepped with the last micro-batch; returns the gradient's norm."""
+    def reduce(self, count: Tensor, clip: float) -> Tensor:
+        """The engine has reduced, and stepped, with the last micro-batch; returns the gradient's norm."""
         norm = self.engine.get_global_grad_norm()
         return torch.as_tensor(float(norm) if norm is not None else float("nan"), dtype=torch.float64)
+
+    def step(self, good: Tensor | None = None) -> None:
+        """Nothing to do: the engine has stepped. UserError for a step that an earlier launch has skipped."""
+        if good is not None:
+            raise UserError(f"skipped.json has this step, which {self.cfg.strategy} cannot skip: use fsdp")
 
     def _materialise(self) -> None:
         """Make the moments that the optimizer would create at its first step."""
@@ -117,7 +126,7 @@ class Zero:
             full[f"optim/{name}/step"] = torch.tensor(float(self._steps()))
             if i % self.launch.world == self.launch.rank:
                 found |= {k: v.detach().cpu().clone() for k, v in full.items()}
-        return found
+        return found | self._buffers()
 
     def templates(self) -> dict[str, Tensor]:
         """Whole empty tensors on the CPU, to load into."""
@@ -127,7 +136,7 @@ class Zero:
             for k in (f"model/{name}", *(f"optim/{name}/{k}" for k in self._moments())):
                 found[k] = torch.empty(shape)
             found[f"optim/{name}/step"] = torch.tensor(0.0)
-        return found
+        return found | self._buffers()
 
     @torch.no_grad()
     def loaded(self, tensors: dict[str, Tensor]) -> None:
@@ -163,6 +172,11 @@ class Zero:
         size = -(-full.numel() // self.launch.world)
         flat = nn.functional.pad(full.flatten(), (0, size * self.launch.world - full.numel()))
         return flat[self.launch.rank * size :][:size].to(self.device)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Those that are saved: whole and the same on every rank, loaded in place."""
+        kept = self.module.state_dict().keys()
+        return {f"model/{n}": b for n, b in self.module.named_buffers() if n in kept}
 
     def _moments(self) -> list[str]:
         states = self.optimizer.optimizer.state.values()

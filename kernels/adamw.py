@@ -91,8 +91,18 @@ class AdamW(torch.optim.AdamW):
         return state
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None, *, scale: Tensor | None = None) -> float | None:
-        """One step with `scale` (a scalar tensor; None: 1) times the gradients, which may be overwritten."""
+    def step(
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        scale: Tensor | None = None,
+        good: Tensor | None = None,
+    ) -> float | None:
+        """One step with `scale` (a scalar tensor; None: 1) times the gradients, which may be overwritten.
+
+        `good` (0-d bool on the device; None: true): where it is false the kernel moves nothing, of which the host, who
+        counts the step all the same, need not know yet. Without the kernel it is waited for, and the step not counted.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -102,7 +112,9 @@ class AdamW(torch.optim.AdamW):
         kinds = {(p.device, p.dtype): local(p) for p in found}
         lacking = "weights with gaps in memory" if any(not multi_tensor.dense(local(p)) for p in found) else ""
         if all(use_kernel("adamw", lacking, p) for p in kinds.values()):
-            self._fused(scale)
+            self._fused(scale, None if good is None else good.long())
+        elif good is not None and not bool(good):
+            pass
         elif plain:
             if scale is not None and found:
                 torch._foreach_mul_([local(p.grad) for p in found], scale.to(found[0].dtype))
@@ -111,7 +123,7 @@ class AdamW(torch.optim.AdamW):
             self._plain(scale)
         return loss
 
-    def _fused(self, scale: Tensor | None) -> None:
+    def _fused(self, scale: Tensor | None, good: Tensor | None) -> None:
         number = 0
         for group in self.param_groups:
             buckets: dict[Any, list[tuple[Tensor, Tensor, int]]] = {}
@@ -141,6 +153,7 @@ class AdamW(torch.optim.AdamW):
                     _seed(self.seed, device) if self._rounds(params[0]) else None,
                     [n for _, _, n in members],
                     [first_element(p) if self._rounds(p) else 0 for p, _, _ in members],
+                    good,
                 )
 
     def _rounds(self, p: Tensor) -> bool:
@@ -193,7 +206,7 @@ def _run(*inputs: Any) -> None:
 adamw = register(
     "adamw(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters,"
     " int[] steps, Tensor? scale, float lr, float beta1, float beta2, float eps, float decay, Tensor? seed,"
-    " int[] indices, int[] starts) -> ()",
+    " int[] indices, int[] starts, Tensor? good=None) -> ()",
     _run,
     lambda *_: None,
 )

@@ -69,13 +69,15 @@ def _update(
 
 @triton.jit
 def _adamw(
-    table, numbers, spans, scale, seed,
+    table, numbers, spans, scale, good, seed,
     WEIGHT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
     ALIGNED: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program p has span p. `numbers` are those of the group, then two for each tensor."""
     span = spans + tl.program_id(0).to(tl.int64) * 3
     t, first, count = tl.load(span), tl.load(span + 1), tl.load(span + 2)
+    if good is not None:
+        count *= tl.load(good)
     row = table + t * 8
     param = pointer(row, 0, WEIGHT, ALIGNED)
     grad = pointer(row, 1, GRAD, ALIGNED)
@@ -121,6 +123,7 @@ def step(
     seed: Tensor | None,
     indices: Sequence[int],
     starts: Sequence[int],
+    good: Tensor | None = None,
 ) -> None:
     """One step of tensors that share their types; see adamw.py."""
     device, sizes = params[0].device, tuple(p.numel() for p in params)
@@ -142,7 +145,7 @@ def step(
         options: dict[str, Any] = config("adamw", params[0])
         with on_device(params[0]):
             _adamw[(len(spans),)](
-                table, floats, spans, scale, seed,
+                table, floats, spans, scale, good, seed,
                 WEIGHT=TYPES[params[0].dtype], GRAD=TYPES[grads[0].dtype], STATE=TYPES[exp_avgs[0].dtype],
                 MASTER=bool(masters), STOCHASTIC=seed is not None, ALIGNED=is_aligned, ACC=TYPES[wide],
                 enable_fp_fusion=False, **options,

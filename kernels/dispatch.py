@@ -5,8 +5,10 @@ triton     the Triton kernel or an error; on CPU tensors with TRITON_INTERPRET=1
 reference  the reference
 """
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -21,6 +23,19 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Triton's interpreter multiplies bit patterns of bfloat16 as integers (triton#11584); the tests' interpreter is mended.
 INTERPRETED = [torch.float16, torch.float32, torch.float64]
+_planned = False
+
+
+@contextlib.contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Within it tensors that have no memory, of any device, take the ways of CUDA tensors: to plan for a GPU without
+    one, by the kernels' fake implementations."""
+    global _planned
+    before, _planned = _planned, True
+    try:
+        yield
+    finally:
+        _planned = before
 
 
 def use_kernel(op: str, unsupported: str, *tensors: Tensor | None) -> bool:
@@ -36,6 +51,8 @@ def use_kernel(op: str, unsupported: str, *tensors: Tensor | None) -> bool:
     device = given[0].device
     if any(t.device != device or t.dtype not in FLOATS for t in given):
         return False
+    if _planned:
+        return not unsupported
     if MODE == "auto":
         return device.type == "cuda" and HAS_TRITON and not unsupported
     if MODE != "triton":

@@ -47,8 +47,14 @@ class Lamb(torch.optim.Optimizer):
         self.known = {id(p) for group in self.param_groups for p in group["params"]}
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None, *, scale: Tensor | None = None) -> float | None:
-        """One step with `scale` (a scalar tensor; None: 1) times the gradients."""
+    def step(
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        scale: Tensor | None = None,
+        good: Tensor | None = None,
+    ) -> float | None:
+        """One step with `scale` (a scalar tensor; None: 1) times the gradients; `good` as of `AdamW.step`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -69,10 +75,10 @@ class Lamb(torch.optim.Optimizer):
                     key = p.device, p.dtype, p.grad.dtype, _mesh(p), _width(p) % 16 == 0
                     buckets.setdefault(key, []).append(p)
             for members in buckets.values():
-                self._step(group, members, scale)
+                self._step(group, members, scale, good)
         return loss
 
-    def _step(self, group: dict[str, Any], params: list[Any], scale: Tensor | None) -> None:
+    def _step(self, group: dict[str, Any], params: list[Any], scale: Tensor | None, good: Tensor | None) -> None:
         states, parts = [self.state[p] for p in params], [local(p) for p in params]
         beta1, beta2 = group["betas"]
         hyper = float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"]
@@ -84,10 +90,13 @@ class Lamb(torch.optim.Optimizer):
         if use_kernel("lamb", lacking, parts[0]):
             if widths and widths[0] % 16 == 0:  # one layout, so one order of summation, wherever gradients lie
                 grads = [g if multi_tensor.aligned(g) else g.clone() for g in grads]
-            squares = moments(parts, grads, m, v, steps, scale, *hyper, widths)
+            good = None if good is None else good.long()
+            squares = moments(parts, grads, m, v, steps, scale, *hyper, widths, good)
             if widths:
                 whole = gather(squares, params)
-                apply(parts, m, v, whole, [_rows(p) for p in params], steps, *hyper, widths)
+                apply(parts, m, v, whole, [_rows(p) for p in params], steps, *hyper, widths, good)
+            return
+        if good is not None and not bool(good):
             return
         u = [direction(w, g, a, b, t, scale, *hyper[1:]) for w, g, a, b, t in zip(parts, grads, m, v, steps)]
         ratios: Sequence[Tensor | float] = [1.0] * len(params)
@@ -126,13 +135,20 @@ def direction(
 def row_squares(tensor: Tensor) -> Tensor:
     """Squares summed over each row of dimension 0, float64 [rows]; a row's bits do not depend on how many there are.
 
-    On a CPU torch adds up each of two or more rows by itself, so that one alone gets company.
+    On a CPU torch adds up each of two or more rows by itself, so that one alone gets company; its kernel on a GPU shares
+    its threads out by the shape, so there rows are folded by halves.
     """
     squares = tensor.square() if tensor.dtype == torch.float64 else tensor.float().square()
     if squares.ndim < 2:
         return squares.reshape(-1).double()
     squares = squares.flatten(1)
-    return (squares if len(squares) != 1 else squares.expand(2, -1).contiguous()).sum(1)[: len(squares)].double()
+    if not squares.is_cuda:
+        return (squares if len(squares) != 1 else squares.expand(2, -1).contiguous()).sum(1)[: len(squares)].double()
+    while (width := squares.shape[1]) > 1:
+        half = width // 2
+        squares[:, :half] += squares[:, width - half :]
+        squares = squares[:, : width - half]
+    return squares[:, 0].double()
 
 
 def trust_ratio(weights: Tensor, directions: Tensor) -> Tensor:
@@ -218,13 +234,13 @@ def _run_apply(*inputs: Any) -> None:
 _HYPER = "float lr, float beta1, float beta2, float eps, float decay, SymInt[] widths"
 moments = register(
     "lamb_moments(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, int[] steps,"
-    f" Tensor? scale, {_HYPER}) -> Tensor",
+    f" Tensor? scale, {_HYPER}, Tensor? good=None) -> Tensor",
     _run_moments,
     _fake_moments,
 )
 apply = register(
     "lamb_apply(Tensor(a!)[] params, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor squares, SymInt[] rows,"
-    f" int[] steps, {_HYPER}) -> ()",
+    f" int[] steps, {_HYPER}, Tensor? good=None) -> ()",
     _run_apply,
     lambda *_: None,
 )

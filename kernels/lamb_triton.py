@@ -46,13 +46,15 @@ def _moments_of(
 
 @triton.jit
 def _moments(
-    table, numbers, spans, scale, squares,
+    table, numbers, spans, scale, good, squares,
     WEIGHT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, ADAPT: tl.constexpr, ALIGNED: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program p has span p, and if ADAPT writes its sums of squared weights and directions to squares[p]."""
     pid = tl.program_id(0).to(tl.int64)
     t, first, count = tl.load(spans + pid * 3), tl.load(spans + pid * 3 + 1), tl.load(spans + pid * 3 + 2)
+    if good is not None:
+        count *= tl.load(good)
     param = pointer(table + t * 4, 0, WEIGHT, ALIGNED)
     grad = pointer(table + t * 4, 1, GRAD, ALIGNED)
     exp_avg = pointer(table + t * 4, 2, STATE, ALIGNED)
@@ -116,12 +118,14 @@ def _apply_to(i, keep, param, exp_avg, exp_avg_sq, eps, decay, unbias, root, rat
 
 @triton.jit
 def _apply(
-    table, numbers, spans, ratios,
+    table, numbers, spans, ratios, good,
     WEIGHT: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """w -= lr ratio u, span by span."""
     pid = tl.program_id(0).to(tl.int64)
     t, first, count = tl.load(spans + pid * 3), tl.load(spans + pid * 3 + 1), tl.load(spans + pid * 3 + 2)
+    if good is not None:
+        count *= tl.load(good)
     param = pointer(table + t * 4, 0, WEIGHT, ALIGNED)
     exp_avg = pointer(table + t * 4, 2, STATE, ALIGNED)
     exp_avg_sq = pointer(table + t * 4, 3, STATE, ALIGNED)
@@ -183,6 +187,7 @@ def moments(
     eps: float,
     decay: float,
     widths: Sequence[int],
+    good: Tensor | None = None,
 ) -> Tensor:
     """Step the moments. Returns [R, 2] float64: of each row, of length `widths`, the squares of weights and directions.
 
@@ -194,7 +199,7 @@ def moments(
     if len(spans):
         with on_device(params[0]):
             _moments[(len(spans),)](
-                table, numbers, spans, scale, squares,
+                table, numbers, spans, scale, good, squares,
                 GRAD=TYPES[grads[0].dtype], ADAPT=bool(widths), **constants,
             )  # fmt: skip
     return squares
@@ -213,6 +218,7 @@ def apply(
     eps: float,
     decay: float,
     widths: Sequence[int],
+    good: Tensor | None = None,
 ) -> None:
     """Step the weights; `squares` are those of all rows of the whole tensors, of which each has `rows`."""
     hyper, device = (lr, beta1, beta2, eps, decay), params[0].device
@@ -222,4 +228,4 @@ def apply(
     with on_device(params[0]):
         _ratios[(len(rows),)](squares, offsets, ratios, BLOCK=1024)
         if len(spans):
-            _apply[(len(spans),)](table, numbers, spans, ratios, **constants)
+            _apply[(len(spans),)](table, numbers, spans, ratios, good, **constants)

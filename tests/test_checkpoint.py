@@ -129,6 +129,75 @@ def test_a_damaged_later_one_does_not_push_out_the_last_good_one(tmp_path):
     assert newest(tmp_path)[0] == "step-00000004"
 
 
+def test_damaged_ones_do_not_count_as_kept(tmp_path):
+    for step in (2, 4):
+        save(tmp_path, step)
+    cut(tmp_path / "step-00000004/__0_0.distcp")
+    save(tmp_path, 6, keep=2)
+    assert names(tmp_path) == ["step-00000002", "step-00000004", "step-00000006"]
+    save(tmp_path, 8, keep=2)
+    assert names(tmp_path) == ["step-00000006", "step-00000008"]
+
+
+def restored(folder: Path) -> tuple[int, list[tuple[str, str]], dict[str, Tensor]]:
+    """The step that was loaded (0: none), what was passed over and why, and the tensors."""
+    told: list[tuple[str, str]] = []
+    made = {name: torch.full_like(tensor, -7) for name, tensor in tensors(0).items()}
+    found = checkpoint.restore(folder, lambda: made, lambda path, why: told.append((path.name, why)))
+    return (found[0]["step"] if found else 0), told, made
+
+
+def test_damage_is_found_while_loading_and_the_one_before_is_loaded_over_it(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    flip(tmp_path / "step-00000002/__0_0.distcp")
+    step, told, made = restored(tmp_path)
+    assert step == 1
+    assert told == [("step-00000002", "__0_0.distcp does not have the bytes that were written (CRC-32C differs)")]
+    assert_same(made, tensors(1))
+    assert names(tmp_path) == ["damaged-step-00000002", "step-00000001"]
+    save(tmp_path, 2)
+    assert restored(tmp_path)[:2] == (2, [])
+
+
+def test_the_only_one_is_checked_before_it_is_loaded(tmp_path):
+    save(tmp_path, 1)
+    flip(tmp_path / "step-00000001/__0_0.distcp")
+    step, told, made = restored(tmp_path)
+    assert (step, len(told)) == (0, 1)
+    assert all((tensor == -7).all() for tensor in made.values())
+
+
+def test_where_none_of_several_is_whole_the_run_stops(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+        flip(tmp_path / f"step-{step:08d}/__0_0.distcp")
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+        restored(tmp_path)
+
+
+def test_one_that_is_under_another_name_is_seen(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    shutil.rmtree(tmp_path / "step-00000002")
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000002")
+    assert newest(tmp_path) == ("step-00000001", [("step-00000002", "manifest.json is that of step 1")])
+
+
+def test_a_launch_that_was_superseded_publishes_nothing(tmp_path):
+    """What it has half written has a name of its own, and goes with its successor's next save."""
+    save(tmp_path, 1)
+
+    def check() -> None:
+        raise SystemExit(69)
+
+    with pytest.raises(SystemExit):
+        save(tmp_path, 2, check=check, token=4)
+    assert names(tmp_path) == [".step-00000002.4.tmp", "step-00000001"]
+    save(tmp_path, 2, token=5)
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
 def test_a_half_written_folder_is_ignored_and_goes_with_the_next_save(tmp_path):
     save(tmp_path, 1)
     shutil.copytree(tmp_path / "step-00000001", tmp_path / ".step-00000002.tmp")

@@ -1,56 +1,31 @@
-"""Processes come and go, under one strategy or another, in the middle of an epoch: the bits of one process throughout."""
+"""Eight lanes, and any number of processes at each launch: the bits of one process throughout."""
 
-import importlib
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+import dataclasses
+import json
 
 import pytest
 import toy
 import worlds
 
-from dltrain import Run, rundir
-
-# step until which, processes, strategy
-LIVES = [(2, 4, "ddp"), (4, 2, "fsdp"), (6, 1, "single"), (8, 3, "fsdp"), (10, 8, "ddp")]
-
-
-def train_until(recipe: str, fields: dict[str, Any], step: int) -> None:
-    """The recipe's debug preset until it has saved `step`, where the launch ends as if it were killed."""
-    module = importlib.import_module(f"dltrain.recipes.{recipe}")
-    save = Run.save
-
-    def save_and_leave(run: Run) -> None:
-        save(run)
-        run.settle()
-        if run.step_done == step:
-            raise SystemExit
-
-    if step < fields["steps"]:
-        Run.save = save_and_leave  # type: ignore[method-assign]  # the process is this test's own
-    try:
-        module.main(replace(module.PRESETS["debug"], **fields))
-    except SystemExit:
-        pass
-
-
-def life(recipe: str, out: Path, lives: list[tuple[int, int, str]], **fields: Any) -> tuple[str, bytes]:
-    """Every launch of `lives` after the other in one run directory; what toy.outcome says of it."""
-    for step, world, strategy in lives:
-        asked = {"out": str(out), "steps": 10, "batch": 24, "lanes": 8, "save_every": 2, "eval_every": 5, "keep": 9}
-        worlds.launch(
-            world, train_until, recipe, asked | {"strategy": strategy} | fields, step, env={"DLTRAIN_DEVICE": "cpu"}
-        )
-    return toy.outcome(out)
+LAUNCHES = [
+    (4, "ddp", 2),
+    (2, "fsdp", 4),
+    (1, "single", 5),
+    (3, "fsdp", 8),
+    (8, "ddp", 10),
+]  # processes, how, up to step
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("recipe", ["bert_pretrain", "gpt_pretrain"])
-def test_4_2_1_3_8_processes_are_one(tmp_path, recipe, precision):
-    one = life(recipe, tmp_path / "one", [(10, 1, "single")], precision=precision)
-    assert life(recipe, tmp_path / "many", LIVES, precision=precision) == one
-    saved = {p.name for p in (tmp_path / "many/checkpoints").iterdir()}
-    assert saved >= {f"step-{step:08d}" for step in (2, 4, 6, 8, 10)}
-    events = rundir.read_rows(tmp_path / "many/events.jsonl")
-    worlds_seen = [e["world"] for e in events if e["kind"] == "resume"]
-    assert worlds_seen == [2, 1, 3, 8]
+def test_four_then_two_one_three_and_eight_processes(tmp_path, precision):
+    """In the midst of an epoch (100 rows, 24 a step), with dropout."""
+    cfg = toy.Config(out=str(tmp_path / "one"), lanes=8, precision=precision, eval_every=100)
+    worlds.launch(1, toy.train, dataclasses.replace(cfg, strategy="single"))
+    for world, strategy, steps in LAUNCHES:
+        how = dataclasses.replace(cfg, out=str(tmp_path / "many"), strategy=strategy, steps=steps)  # type: ignore[arg-type]
+        worlds.launch(world, toy.train, how)
+    assert toy.outcome(tmp_path / "many")[0] == toy.outcome(tmp_path / "one")[0]
+    rows = [[row for row in toy.rows_of(tmp_path / name) if "loss" in row] for name in ("one", "many")]
+    assert rows[0] == rows[1]
+    events = map(json.loads, (tmp_path / "many" / "events.jsonl").read_text().splitlines())
+    assert [event["world"] for event in events if event["kind"] == "resume"] == [2, 1, 3, 8]

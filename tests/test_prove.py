@@ -28,7 +28,7 @@ def runs(tmp_path_factory):
 def test_identical_runs(runs):
     same, words = prove(runs / "one", runs / "two")
     assert same
-    assert words.startswith("identical: 5 rows, 60 tensors of step-00000004, SHA-256 ")
+    assert words.startswith("identical: 5 rows, 96 samples, 60 tensors of step-00000004, SHA-256 ")
 
 
 def test_a_row_that_differs_is_named(runs, tmp_path):
@@ -50,12 +50,25 @@ def test_a_bit_of_the_optimizer_is_named(runs, tmp_path):
     shutil.copytree(runs / "two", tmp_path / "other")
     folder = tmp_path / "other" / "checkpoints"
     tensors = checkpoint.read(folder / "step-00000004", "")
-    state = {"data": json.loads((folder / "step-00000004" / "state.json").read_text())["data"]}
+    state = json.loads((folder / "step-00000004" / "state.json").read_text())
     tensors["optim/norm.bias/exp_avg_sq"][5] += 1e-9
     checkpoint.save(folder, 4, tensors, state, keep=9)
     same, words = prove(runs / "one", tmp_path / "other")
     assert not same
     assert words.startswith("step-00000004: optim/norm.bias/exp_avg_sq differs in 1 of 24 values, first in number 5: ")
+
+
+def test_the_ledger_is_compared(runs, tmp_path):
+    shutil.copytree(runs / "two", tmp_path / "other")
+    folder = tmp_path / "other" / "checkpoints"
+    tensors = checkpoint.read(folder / "step-00000004", "")
+    state = json.loads((folder / "step-00000004" / "state.json").read_text())
+    for part, words in {"data": "the data stands at", "left_out": "left out is"}.items():
+        changed = {**state, part: {**state["data"], "position": 72} if part == "data" else [[["x", 1], 2]]}
+        checkpoint.save(folder, 4, tensors, changed, keep=9)
+        same, said = prove(runs / "one", tmp_path / "other")
+        assert not same
+        assert said.startswith(f"step-00000004: {words} ")
 
 
 def test_the_command(runs, tmp_path):

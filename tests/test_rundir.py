@@ -53,9 +53,12 @@ def test_rewind_drops_later_and_torn_rows(tmp_path):
     path.write_bytes(kept + b'{"step": 3, "loss": 1.0}\n{"step": 2, "lo')
     assert rundir.rewind(path, 2) == 2
     assert path.read_bytes() == kept
-    before = path.stat().st_ino
-    assert rundir.rewind(path, 2) == 0
-    assert path.stat().st_ino == before  # nothing to drop, nothing written
+    with path.open("ab") as held:  # by a launch that was superseded
+        assert rundir.rewind(path, 2) == 0
+        held.write(b"late")
+    assert path.read_bytes() == kept
+    assert rundir.rewind(path, 2, 1) == 1
+    assert path.read_bytes() == kept.splitlines(keepends=True)[0]
     assert rundir.rewind(tmp_path / "absent.jsonl", 2) == 0
 
 

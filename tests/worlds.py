@@ -5,7 +5,7 @@ import multiprocessing as mp
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -42,16 +42,19 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def launch(
-    world: int, work: Callable[..., Any], *args: Any, local_world: int = 0, env: dict | None = None
-) -> list[Any]:
-    """Call work(*args) in `world` processes with torchrun's environment; the results in rank order.
-
-    Raises Died with the exit codes or the first traceback if one of them does not return.
-    """
+def start(
+    world: int,
+    work: Callable[..., Any],
+    *args: Any,
+    local_world: int = 0,
+    env: dict | None = None,
+    ranks: Sequence[int] | None = None,
+) -> tuple[list[Any], list[Any]]:
+    """Start work(*args) in `world` processes (of which only `ranks`) with torchrun's environment; the pipes that will
+    have the results, and the processes."""
     _serve()
     port, results, processes = free_port(), [], []
-    for rank in range(world):
+    for rank in range(world) if ranks is None else ranks:
         local = local_world or world
         variables = {
             "RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local,
@@ -64,6 +67,17 @@ def launch(
         theirs.close()
         processes.append(process)
         results.append(ours)
+    return results, processes
+
+
+def launch(
+    world: int, work: Callable[..., Any], *args: Any, local_world: int = 0, env: dict | None = None
+) -> list[Any]:
+    """Call work(*args) in `world` processes with torchrun's environment; the results in rank order.
+
+    Raises Died with the exit codes or the first traceback if one of them does not return.
+    """
+    results, processes = start(world, work, *args, local_world=local_world, env=env)
     answers: list[Any] = []
     for ours in results:
         try:

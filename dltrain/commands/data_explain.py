@@ -3,13 +3,14 @@
 Shapes: M rows of a micro-batch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dltrain import rundir
+from dltrain import rundir, skipped
 from dltrain.data.mix import Mix, from_state
 from dltrain.data.order import Order, Ordering, Windowed
 from dltrain.data.ramp import Ramp
@@ -17,6 +18,7 @@ from dltrain.data.shards import Shards
 from dltrain.errors import UserError
 from dltrain.lanes import blocks, rounds
 from dltrain.seeds import key
+from dltrain.skipped import Skipped
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,14 @@ class Stream:
     world: int
     samples: Shards | None  # whose numbers the rows are
     note: str = ""
+    skipped: Sequence[tuple[int, int]] = ()  # (step, rows): from it on, so many positions further
 
     def rows(self, step: int, rank: int) -> list[tuple[int, int, np.ndarray]]:
         """(lane, micro-batch, positions [M]) of a step, which counts from 0."""
         n, batch = self.lanes, self.ramp.batch(step)
         deal = rounds if self.sharded and self.world > 1 else blocks
         parts = batch // n // self.micro_batch
-        start = self.ramp.position(step)
+        start = self.ramp.position(step) + sum(rows for at, rows in self.skipped if at <= step)
         return [
             (lane, part, start + (lane * parts + part) * self.micro_batch + np.arange(self.micro_batch))
             for lane in deal(n, self.world, rank)
@@ -90,7 +93,8 @@ def of_run(run: Path, world: int | None, shards: list[str] | None) -> Stream:
     micro_batch = config.get("micro_batch") or min(size for _, size in ramp.sizes) // data["lanes"]
     sharded = config.get("strategy") in ("fsdp", "hybrid")
     world = world or int(state["written_by"]["world"])
-    return Stream(order, ramp, data["lanes"], micro_batch, sharded, world, samples, note)
+    jumps = Skipped(run, skipped.read(run)).jumps()
+    return Stream(order, ramp, data["lanes"], micro_batch, sharded, world, samples, note, jumps)
 
 
 def of_pattern(

@@ -5,7 +5,9 @@ Shapes: M rows of a micro-batch.
 """
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -52,7 +54,10 @@ class Micro:
 
 
 class Loader:
-    """Rows for training. Step s reads the next `batch` positions of `order`, of which lane l has its n-th part."""
+    """Rows for training. Step s reads the next `batch` positions of `order`, of which lane l has its n-th part.
+
+    `jumps` are (step, rows), any number of them for a step: from it on, all is read so many positions further on.
+    """
 
     def __init__(
         self,
@@ -64,6 +69,7 @@ class Loader:
         micro_batch: int,
         workers: int,
         pin: bool = False,
+        jumps: Sequence[tuple[int, int]] = (),
     ):
         """`batch` rows per step over all lanes, `micro_batch` rows per forward; `workers` processes (0: in this one).
 
@@ -72,7 +78,7 @@ class Loader:
         if not len(rows):
             raise UserError("the training data has no rows; check the shards")
         self.rows, self.order, self.lanes, self.micro_batch = rows, order, lanes, micro_batch
-        self.workers, self.pin = workers, pin
+        self.workers, self.pin, self.jumps = workers, pin, list(jumps)
         self.ramp = batch if isinstance(batch, Ramp) else Ramp(((0, batch),))
         for _, size in self.ramp.sizes:
             if size % (lanes * micro_batch):
@@ -84,6 +90,17 @@ class Loader:
     def parts(self, step: int) -> int:
         """Micro-batches of a lane."""
         return self.ramp.batch(step) // self.lanes // self.micro_batch
+
+    def start(self, step: int) -> int:
+        """Position of the first row that `step` reads."""
+        return self.ramp.position(step) + sum(rows for at, rows in self.jumps if at <= step)
+
+    def end(self, step: int) -> int:
+        """Position behind the last row that the steps before `step` have read: without the jumps that begin there."""
+        return self.ramp.position(step) + self._jumped(step)
+
+    def _jumped(self, step: int) -> int:
+        return sum(rows for at, rows in self.jumps if at < step)
 
     def steps(self, first: int, last: int, mine: Sequence[int]) -> Generator[list[Micro], None, None]:
         """The micro-batches of the lanes `mine`, in order, of each of the steps first ... last - 1.
@@ -106,10 +123,17 @@ class Loader:
         finally:
             del batches  # ends the workers; left to a traceback and the collector, that would take 5 s
 
+    def padding(self, step: int, mine: Sequence[int]) -> list[Micro]:
+        """Micro-batches of the shape of those of `step`, without a row in them, and without a read."""
+        parts, none_M = self.parts(step), np.full(self.micro_batch, -1)
+        batch = self.rows.batch(np.zeros_like(none_M), none_M)
+        return [Micro(lane, part, parts, batch, []) for lane in mine for part in range(parts)]
+
     def state(self, step: int) -> dict[str, Any]:
         """Where the next step, `step`, begins and in which order: all there is to resume."""
         data = {"fingerprint": self.rows.fingerprint, "rows": len(self.rows), "lanes": self.lanes}
-        return data | {"order": self.order.state(), "position": self.ramp.position(step)} | self.ramp.state()
+        data |= {"order": self.order.state(), "position": self.end(step), "skipped": self._jumped(step)}
+        return data | self.ramp.state()
 
     def check(self, state: dict[str, Any]) -> None:
         """UserError naming what differs if a run with `state` would not go on with the rows it left off at."""
@@ -121,12 +145,18 @@ class Loader:
                     "a new run"
                 )
         self.order.check(state["order"], position)
-        self.ramp.check(state, position)
+        skipped = state.get("skipped", 0)
+        self.ramp.check(state, position - skipped)
+        if (now := self._jumped(self.ramp.step_at(position - skipped))) != skipped:
+            raise UserError(
+                f"skipped.json tells of {now} rows that the run left out before its checkpoint, and the checkpoint of "
+                f"{skipped}: restore the file"
+            )
 
     def _starts(self, first: int, last: int, mine: Sequence[int]) -> Iterator[int]:
         """The position of the first row of each micro-batch."""
         for step in range(first, last):
-            start, parts = self.ramp.position(step), self.parts(step)
+            start, parts = self.start(step), self.parts(step)
             for lane in mine:
                 for part in range(parts):
                     yield start + (lane * parts + part) * self.micro_batch
@@ -140,7 +170,7 @@ class Loader:
                 sampler=self._starts(first, last, mine),  # type: ignore[arg-type]
                 num_workers=self.workers,
                 multiprocessing_context=_context() if self.workers else None,
-                worker_init_fn=_deaf,
+                worker_init_fn=_begin,
                 pin_memory=self.pin,
                 generator=torch.Generator(),  # or it would draw from, and so change, the global one
             )
@@ -160,10 +190,18 @@ class _Positions:
             return error
 
 
-def _deaf(worker: int) -> None:
-    """A signal to all processes of a job is for the trainer, which saves and then ends its workers."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+def _begin(worker: int) -> None:
+    """A signal to all processes of a job is for the trainer, which saves and then ends its workers. If it is killed
+    they end by themselves: torch's own watchdog asks for the fork server, which lives as long as they do."""
+    threading.Thread(target=_end_with_trainer, daemon=True).start()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _end_with_trainer() -> None:
+    if trainer := multiprocessing.parent_process():
+        trainer.join()
+        os._exit(1)
 
 
 def _context() -> Any:

@@ -131,6 +131,28 @@ def test_float32_is_as_good_as_torch(monkeypatch, build):
     tolerance.as_good([got[i] for i in kept], [theirs[i] for i in kept], [want[i] for i in kept])
 
 
+@pytest.mark.parametrize("mode", ["triton", "reference"])
+@pytest.mark.parametrize("build", [adamw, lamb, plain])
+def test_a_step_that_is_not_good_moves_nothing(monkeypatch, build, mode):
+    """NaN gradients too; one that is good has the bits of one that nobody asked about."""
+    monkeypatch.setattr(dispatch, "MODE", mode)
+    optimizer, asked = build(parameters()), build(parameters())
+    for each in (optimizer, asked):
+        train(each, 2)
+    before = [t.clone() for p in of(asked) for t in (p, asked.state[p]["exp_avg"], asked.state[p]["exp_avg_sq"])]
+    for factor in (torch.nan, 1.0):
+        give_gradients(of(asked), 2, factor)
+        good = torch.tensor(factor == 1.0)
+        asked.step(scale=torch.tensor(factor, dtype=torch.float64), good=good)  # type: ignore[call-arg]
+        after = [t for p in of(asked) for t in (p, asked.state[p]["exp_avg"], asked.state[p]["exp_avg_sq"])]
+        assert all(torch.equal(a, b) for a, b in zip(before, after)) != bool(good)
+        for p in of(asked):
+            asked.state[p]["step"].fill_(2.0)
+    give_gradients(of(optimizer), 2)
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(of(optimizer), of(asked)))
+
+
 # ---- memory ----
 
 

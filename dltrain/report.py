@@ -31,7 +31,7 @@ def report(out: Path) -> Path:
 
     Beside what `rundir` lists it shows results.json, which a recipe may write at its end: {"figures": [{"name",
     "value", "baseline", "better": "lower" or "higher"}], "samples": [{"masked": sentence with a [MASK], "filled": word,
-    "truth": word}], "notes": [text], "pictures": [PNG below `out`]}.
+    "truth": word}], "notes": [text], "pictures": [PNG or GIF below `out`]}.
 
     Raises:
         UserError: where `out` is no run directory, or one of its JSON files is torn.
@@ -223,11 +223,11 @@ def _samples(samples: list[Row]) -> str:
 
 
 def _picture(path: Path) -> str:
-    """A PNG inside the page, which is one file, and a link to the PNG itself; nothing if it is no longer there."""
+    """A PNG or GIF inside the page, which is one file, and a link to it; nothing if it is no longer there."""
     if not path.exists():
         return ""
     data = base64.b64encode(path.read_bytes()).decode()
-    image = f"<img alt='{escape(path.name)}' src='data:image/png;base64,{data}' style='max-width:100%'>"
+    image = f"<img alt='{escape(path.name)}' src='data:image/{path.suffix[1:]};base64,{data}' style='max-width:100%'>"
     return f"<figure><a href='{escape(path.name)}'>{image}</a></figure>"
 
 

@@ -73,6 +73,27 @@ def _positive(text: str | None, name: str, path: Path, line: int) -> float:
     return value
 
 
+def shared_budgets(points: Points) -> list[float]:
+    """FLOPs, within 5 %, that three sizes or more were trained for, in rising order."""
+    found: list[float] = []
+    for c in np.sort(points.flops):
+        if (not found or c > 1.05 * found[-1]) and len(set(points.params[np.abs(points.flops / c - 1) < 0.05])) >= 3:
+            found.append(float(c))
+    return found
+
+
+def frontier(points: Points) -> Points:
+    """The runs to which none of fewer FLOPs, or of as many within 5 %, is equal: the least loss by compute."""
+    best: list[int] = []
+    for i in np.lexsort((points.loss, points.flops)):
+        if best and points.loss[i] >= points.loss[best[-1]]:
+            continue
+        if best and points.flops[i] < 1.05 * points.flops[best[-1]]:
+            best.pop()
+        best.append(int(i))
+    return points.where(np.array(best, int))
+
+
 @dataclass(frozen=True)
 class Parametric:
     """L(N, D) = E + A / N^alpha + B / D^beta. `intervals`: by name, what 90 % of the bootstrap's fits lie between."""
@@ -220,8 +241,10 @@ def isoflop(points: Points, budgets: Sequence[float]) -> Isoflop:
     """A parabola in log N through the points of each budget (those within 5 % of its FLOPs).
 
     Raises:
-        UserError: for a budget with fewer than 3 sizes, or whose loss has no minimum among them.
+        UserError: for no budget, or one with fewer than 3 sizes, or whose loss has no minimum among them.
     """
+    if not budgets:
+        raise UserError("no FLOPs that 3 sizes were trained for: train several sizes for the same 6 N D")
     found = []
     for budget in budgets:
         mine = points.where(np.abs(points.flops / budget - 1) < 0.05)

@@ -3,14 +3,12 @@
     accelerate launch recipes/bert_pretrain.py base --shards 'wiki-{000..511}.tar' --strategy fsdp
 
 and RoBERTa's objective (Liu et al. 2019, https://arxiv.org/abs/1907.11692, section 4): full sentences, no next-sentence
-task. Masks are drawn anew each epoch in both (the paper's code fixed ten).
+task. Masks are drawn anew each epoch in both (the paper's code fixed ten). `paper` is BERT-LARGE.
 
 Departs from the paper: sentencepiece instead of WordPiece; AdamW corrects the bias of its moments; a row's
 next-sentence term is weighted by the row's number of predictions, so that one global count divides both losses; a
 second half that was replaced is not used elsewhere in that epoch, and what replaces it is of about its length, or the
-length would tell; rows of 512 tokens throughout in `base` and `large`.
-
-Measured: docs/bert.md, which the commands named there regenerate; `claim`, at toy scale: recipes/README.md.
+length would tell; rows of 512 tokens throughout. Measured, also `gpu`: docs/bert.md; `claim`: recipes/README.md.
 """
 
 import math
@@ -44,11 +42,11 @@ class Config(dltrain.Config):
     init: str = ""  # folder in Hugging Face's layout to start from
 
 
-LARGE_SCALE = {"precision": "bf16", "row": 512, "dropout": 0.1, "held_out": 0.001, "log_every": 100, "workers": 4}
 BASE = Config(
-    steps=1_000_000, batch=256, micro_batch=32, vocab=30522, lr=1e-4, warmup=10_000, layers=12, width=768, heads=12,
-    save_every=2500, eval_every=10_000, **LARGE_SCALE,
+    steps=1_000_000, batch=256, micro_batch=32, row=512, vocab=30522, lr=1e-4, warmup=10_000, layers=12, width=768,
+    heads=12, dropout=0.1, held_out=0.001, precision="bf16", log_every=100, save_every=2500, eval_every=5000, workers=4,
 )  # fmt: skip
+LARGE = replace(BASE, micro_batch=16, layers=24, width=1024, heads=16)
 PRESETS = {
     "tiny": Config(steps=3600, log_every=100, eval_every=900, save_every=300),
     "debug": Config(
@@ -59,8 +57,13 @@ PRESETS = {
         objective="roberta", tokenizer_kind="bpe", vocab=128, held_out=0.01, steps=1000, batch=64, row=16, width=64,
         heads=4, lr=4e-3, warmup=100, log_every=100, eval_every=250,
     ),
+    "gpu": replace(
+        BASE, shards="books/*.tar", steps=6000, micro_batch=128, row=128, lr=4e-4, warmup=600, held_out=0.02,
+        save_every=1000, eval_every=1500, compile=True,
+    ),
+    "paper": LARGE,
     "base": BASE,
-    "large": replace(BASE, micro_batch=16, layers=24, width=1024, heads=16),
+    "large": LARGE,
     "roberta-base": replace(
         BASE, objective="roberta", tokenizer_kind="bpe", steps=500_000, batch=8192, vocab=50265, lr=6e-4, warmup=24_000,
         beta2=0.98, clip=0.0, save_every=1000, eval_every=5000,
@@ -79,8 +82,9 @@ from dltrain.data.corpus import tokenised
 from dltrain.data.order import split
 from dltrain.data.sentences import FullSentences, MaskedRow, SentencePairs, collate, short_sentences
 from dltrain.data.text import TokenStore
+from dltrain.flops import Work, count
 from dltrain.models import cloze
-from dltrain.models.bert import BertConfig, BertPretraining, flops_per_row
+from dltrain.models.bert import BertConfig, BertPretraining
 from dltrain.models.exchange import to_huggingface, weights_for, write_huggingface
 from dltrain.optim import adamw
 from dltrain.report import conclude, farewell, figure
@@ -105,7 +109,7 @@ class BertRows:
     def __init__(self, cfg: Config, tokenizer: Tokenizer, store: TokenStore, documents: np.ndarray):
         self.cfg, self.tokenizer, self.store = cfg, tokenizer, store
         self.text = (SentencePairs if cfg.objective == "bert" else FullSentences)(store, tokenizer, documents, cfg.row)
-        self.predictions = max(1, round(cfg.row * cfg.masked))
+        self.predictions = predictions(cfg)
         self.fingerprint = f"{store.fingerprint[:16]}-{len(documents)}-{cfg.objective}-{cfg.row}-{cfg.masked}"
 
     def __len__(self) -> int:
@@ -144,6 +148,11 @@ class BertRows:
         ids[positions[draw >= 0.9]] = random.integers(5, self.cfg.vocab, (draw >= 0.9).sum())
 
 
+def predictions(cfg: Config) -> int:
+    """Of a row, at most."""
+    return max(1, round(cfg.row * cfg.masked))
+
+
 class PretrainBert(nn.Module):
     def __init__(self, cfg: BertConfig):
         super().__init__()
@@ -152,9 +161,8 @@ class PretrainBert(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sums over the predicted positions, of which there are batch["count"]."""
         targets_BP = batch["targets_BP"]
-        logits_BPV, next_B2 = self.model(
-            batch["ids_BL"], batch["segments_BL"], batch["lengths_B"], batch["positions_BP"]
-        )
+        inputs = (batch[name] for name in ("ids_BL", "segments_BL", "lengths_B", "positions_BP"))
+        logits_BPV, next_B2 = self.model(*inputs)
         mlm = ops.cross_entropy(logits_BPV.flatten(0, 1), targets_BP.flatten(), reduction="sum")
         sums = {"loss": mlm, "mlm_loss": mlm, "mlm_accuracy": (logits_BPV.argmax(-1) == targets_BP).sum()}
         if next_B2 is not None:
@@ -175,9 +183,8 @@ def model_config(cfg: Config) -> BertConfig:
 
 def data(cfg: Config) -> tuple[BertRows, BertRows]:
     """Rows to train on and held-out ones. Tokenizer (where none is given) and tokens are made once and kept."""
-    tokenizer, store = tokenised(
-        cfg.shards, cfg.tokenizer, kind=cfg.tokenizer_kind, vocab=cfg.vocab, longest=min(64, cfg.row // 2)
-    )
+    kind, longest = cfg.tokenizer_kind, min(64, cfg.row // 2)
+    tokenizer, store = tokenised(cfg.shards, cfg.tokenizer, kind=kind, vocab=cfg.vocab, longest=longest)
     training, held_out = split(store.key_hashes, cfg.held_out)
     return BertRows(cfg, tokenizer, store, training), BertRows(cfg, tokenizer, store, held_out)
 
@@ -197,21 +204,23 @@ def export(cfg: Config, weights: dict[str, Tensor], folder: Path) -> None:
     write_huggingface(folder, *to_huggingface(state, model_config(cfg)))
 
 
-def main(cfg: Config) -> None:
-    def build() -> nn.Module:
-        return PretrainBert(model_config(cfg))
-
+def work(cfg: Config) -> Work:
+    row = collate([None], cfg.row, predictions(cfg), pad=0)
     optimizer_of = adamw(cfg.lr, betas=(0.9, cfg.beta2), eps=1e-6, decay=cfg.decay)
-    schedule = linear(cfg.warmup, cfg.steps)
+    return Work(lambda: PretrainBert(model_config(cfg)), optimizer_of, row, tokens=cfg.row, causal=cfg.left_only)
+
+
+def main(cfg: Config) -> None:
+    does, schedule = work(cfg), linear(cfg.warmup, cfg.steps)
     if cfg.debug:
         rows, _ = data(cfg)
         chance = math.log(cfg.vocab) + (math.log(2) if cfg.objective == "bert" else 0.0)
-        return dltrain.checklist(cfg, build, optimizer_of, schedule, rows, chance=chance, decode=rows.decode)
+        return dltrain.checklist(cfg, does.task, does.optimizer, schedule, rows, chance=chance, decode=rows.decode)
     with dltrain.Run(cfg) as run:
         rows, unseen = run.everywhere(lambda: data(cfg))
-        run.measure(flops_per_row(model_config(cfg), cfg.row, rows.predictions), cfg.row)
+        run.measure(count(does, cfg.batch).full, does.tokens)
         start = (lambda: weights_for(model_config(cfg), cfg.init, prefix="model.")) if cfg.init else None
-        task, optimizer = run.prepare(build, optimizer_of, start)
+        task, optimizer = run.prepare(does.task, does.optimizer, start)
         means = dltrain.fit(run, task, optimizer, schedule, run.batches(rows), evals={"eval": unseen})
         if means:  # none if the run was done before
 
@@ -221,11 +230,11 @@ def main(cfg: Config) -> None:
                     figure("masked-LM loss", means["eval"]["mlm_loss"], loss, "lower"),
                     figure("masked-LM accuracy", means["eval"]["mlm_accuracy"], accuracy, "higher"),
                 ]
-                notes = [f"baseline: token frequencies; {len(unseen):,} held-out rows of {cfg.row} tokens"]
+                note = f"baseline: token frequencies; {len(unseen):,} held-out rows of {cfg.row} tokens"
                 trained = PretrainBert(model_config(cfg)).eval()
                 trained.load_state_dict(run.weights())
                 samples = cloze.fill_in(trained.model, unseen.tokenizer, short_sentences(unseen.text))
-                return {"figures": figures, "samples": samples, "notes": notes}
+                return {"figures": figures, "samples": samples, "notes": [note]}
 
             conclude(run, results)
         farewell(run, NEXT)
@@ -240,10 +249,9 @@ def claim(cfg: Config) -> None:
         main(replace(left, left_only=True))
         loss[seed] = logged(left.out, "eval/mlm_loss")[-1] - logged(both.out, "eval/mlm_loss")[-1]
         accuracy[seed] = logged(both.out, "eval/mlm_accuracy")[-1] - logged(left.out, "eval/mlm_accuracy")[-1]
-    loss_gap = Figure("masked-LM loss, left-only minus bidirectional (nats)", loss, "positive", least=0.2)
-    judge(
-        cfg, [loss_gap, Figure("masked-LM accuracy, the gain", accuracy, "positive", least=0.03)], tuned_on=(0, 1, 100)
-    )
+    gap = Figure("masked-LM loss, left-only minus bidirectional (nats)", loss, "positive", least=0.2)
+    gain = Figure("masked-LM accuracy, the gain", accuracy, "positive", least=0.03)
+    judge(cfg, [gap, gain], tuned_on=(0, 1, 100))
 
 
 if __name__ == "__main__":

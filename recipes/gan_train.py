@@ -1,27 +1,22 @@
 """GAN, DCGAN, WGAN, WGAN-GP: two players who take turns. Gulrajani et al. 2017, https://arxiv.org/abs/1704.00028.
 
     python recipes/gan_train.py claim        # eight Gaussians on a ring, WGAN-GP beside the GAN
+    python recipes/gan_train.py mnist        # DCGAN, digits in three minutes of one CPU core
     torchrun --nproc-per-node 8 recipes/gan_train.py dcgan --shards 'lsun-{000..299}.tar'
 
 `--objective gan` is the non-saturating one (Goodfellow et al. 2014, https://arxiv.org/abs/1406.2661, section 3), `wgan`
 clamps the critic's weights (Arjovsky et al. 2017, https://arxiv.org/abs/1701.07875, algorithm 1), `wgan-gp` penalises
 every sample's gradient (algorithm 1 here). On images both players are DCGAN's (Radford et al. 2015,
-https://arxiv.org/abs/1511.06434). The discriminator is called critic throughout.
-
-A step is one player's turn: `critic_steps` of the critic, then one of the generator. Both players' figures are computed
-at every turn, so `loss` in the log is a mean over the turns of different players; `distance` is what the critic takes
-the distance between samples and data for: 2 log 2 minus its loss (at best twice the Jensen-Shannon divergence) or the
-difference of its mean scores (at best a multiple of Wasserstein's). The generator has a running average beside it.
+https://arxiv.org/abs/1511.06434). The discriminator is called critic throughout. A step is one player's
+turn: `critic_steps` of the critic, then one of the generator. What is logged: docs/gan.md.
 
 Departs from the papers: the noise is normal everywhere; batch normalisation has no running averages; every turn, the
 generator's too, reads new rows; on the ring two hidden layers of 64 and a penalty of 0.1, as in the authors' toy code.
-
-The same bits under single, ddp, fsdp and hybrid; fsdp shards both players as one unit, of little use at these sizes.
 Not under zero1 to zero3 or --lanes 0, which want every parameter in every step's loss.
 
 Measured: `claim`, seeds 2 to 7 (settings chosen on 0 and 1): WGAN-GP covers 8 of 8 modes, and its critic's distance
-follows the sliced Wasserstein distance with a correlation of 0.84 to 0.94, the GAN's with -0.87 to -0.16. The other
-presets: not yet measured.
+follows the sliced Wasserstein distance with a correlation of 0.84 to 0.94, the GAN's with -0.87 to -0.16. `mnist`, and
+what `gpu` (WGAN-GP on CIFAR-10) should reach: docs/gan.md.
 """
 
 from dataclasses import dataclass, replace
@@ -32,7 +27,7 @@ import dltrain
 
 @dataclass(frozen=True, kw_only=True)
 class Config(dltrain.Config):
-    shards: str = "ring"  # webdataset pattern of images with a .cls (`dltrain shards idx|cifar10`); ring: 8 Gaussians
+    shards: str = "ring"  # 8 Gaussians; or published:mnist/train, cifar10/train; or a webdataset pattern of images
     objective: Literal["gan", "wgan", "wgan-gp"] = "wgan-gp"
     critic_steps: int = 5  # turns of the critic before one of the generator
     penalty: float = 10.0  # weight of wgan-gp's; lambda in the paper
@@ -49,17 +44,19 @@ class Config(dltrain.Config):
 
 
 IMAGES = Config(
-    shards="cifar10-train-*.tar", average=0.999, batch=64, lr=1e-4, latent=128, width=128, workers=2, log_every=600,
+    shards="published:cifar10/train", average=0.999, batch=64, lr=1e-4, latent=128, width=128, workers=2, log_every=600,
     eval_every=12_000, save_every=12_000,
 )  # fmt: skip
-LSUN = replace(IMAGES, shards="lsun-*.tar", size=64, latent=100)
+DCGAN = replace(IMAGES, objective="gan", critic_steps=1, lr=2e-4, beta2=0.999, latent=100)
+LSUN = {"shards": "lsun-*.tar", "size": 64}
 PRESETS = {
     "debug": Config(steps=12, batch=24, lanes=4, width=16, penalty=0.1, log_every=1, eval_every=6, save_every=6),
     "claim": Config(steps=7200, penalty=0.1, log_every=240, eval_every=240),
-    "gpu": replace(IMAGES, steps=60_000),
+    "gpu": replace(IMAGES, steps=48_000, eval_every=6000),
     "paper": replace(IMAGES, steps=1_200_000),  # the authors' CIFAR-10 code: 200,000 turns of the generator
-    "wgan": replace(LSUN, objective="wgan", width=64, lr=5e-5, steps=1_200_000),
-    "dcgan": replace(LSUN, objective="gan", batch=128, critic_steps=1, lr=2e-4, beta2=0.999, steps=240_000),
+    "mnist": replace(DCGAN, shards="published:mnist/train", width=16, average=0.99, steps=5000, eval_every=1000),
+    "wgan": replace(IMAGES, **LSUN, objective="wgan", latent=100, width=64, lr=5e-5, steps=1_200_000),
+    "dcgan": replace(DCGAN, **LSUN, batch=128, steps=240_000),
 }  # fmt: skip
 
 if __name__ == "__main__":
@@ -77,12 +74,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dltrain.claim import Figure, judge, logged
+from dltrain.convert.ready import ready
 from dltrain.data.crops import CentreCrop
-from dltrain.data.images import ImageRows
+from dltrain.data.images import ImageRows, blank
 from dltrain.data.ring import RingRows, densities, modes, sliced_wasserstein
 from dltrain.data.shards import Shards
 from dltrain.data.sheet import contact_sheet
 from dltrain.errors import UserError
+from dltrain.flops import Work, count
 from dltrain.models.gan import ImageCritic, ImageGenerator, PointCritic, PointGenerator
 from dltrain.optim import Builder, take_turns
 from dltrain.report import conclude
@@ -94,8 +93,11 @@ from dltrain.strategy import materialise
 
 
 def rows_of(cfg: Config) -> RingRows | ImageRows:
-    ring = cfg.shards == "ring"
-    return RingRows(cfg.seed) if ring else ImageRows(Shards(cfg.shards), cfg.size, CentreCrop(1.0), seed=cfg.seed)
+    if cfg.shards == "ring":
+        return RingRows(cfg.seed)
+    published = cfg.shards.removeprefix("published:")
+    shards = Shards(cfg.shards if published == cfg.shards else ready(published))
+    return ImageRows(shards, cfg.size, CentreCrop(1.0), seed=cfg.seed)
 
 
 def real_of(batch: dict[str, Tensor]) -> Tensor:
@@ -192,6 +194,13 @@ def picture(fakes: dict[str, Tensor], real: Tensor) -> bytes:
     return contact_sheet(list(((fakes["average"][:64] + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()))
 
 
+def work(cfg: Config) -> Work:
+    turns = ("critic",) * cfg.critic_steps + ("generator",)
+    steps = [lambda task, batch, turn=turn: task(batch, turn)["loss"] for turn in turns]
+    row = {"points_B2": torch.zeros(1, 2), "weights_B": torch.ones(1)} if cfg.shards == "ring" else blank(cfg.size)
+    return Work(lambda: Players(cfg), players_optimizer(cfg), row, steps=steps)
+
+
 def main(cfg: Config) -> None:
     if cfg.debug:
         raise UserError("the checklist of --debug is for one falling loss, here are two players: use preset debug")
@@ -199,7 +208,9 @@ def main(cfg: Config) -> None:
         if run.cfg.strategy.startswith("zero") or cfg.lanes == 0:
             raise run.alike(UserError("two players take turns: not under zero1 to zero3, nor with --lanes 0; use ddp"))
         rows = run.everywhere(lambda: rows_of(cfg))
-        players, optimizer = run.prepare(lambda: Players(cfg), players_optimizer(cfg))
+        does = work(cfg)
+        run.measure(count(does, cfg.batch).full, does.tokens)
+        players, optimizer = run.prepare(does.task, does.optimizer)
         index_N = np.arange(min(4096, len(rows)))
         known, data = rows.batch(np.zeros_like(index_N), index_N), run.batches(rows)
         fakes: dict[str, Tensor] = {}
@@ -242,8 +253,7 @@ def claim(cfg: Config) -> None:
         Figure(f"WGAN-GP: {what}", follows["wgan-gp"], paper="follows", least=0.8),
         Figure(f"GAN: {what}", follows["gan"], paper="does not", most=0.6, of="median"),
     ]
-    pictures = [Path(cfg.out) / f"{name}-{cfg.seed}" / "samples.png" for name in games]
-    judge(cfg, figures, tuned_on=(0, 1), pictures=pictures)
+    judge(cfg, figures, tuned_on=(0, 1), pictures=[Path(cfg.out) / f"{name}-{cfg.seed}/samples.png" for name in games])
 
 
 if __name__ == "__main__":

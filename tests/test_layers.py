@@ -14,14 +14,15 @@ LAYERS = """
 bench
 recipes
 __main__
-commands report debug prove claim grid plot
+commands report debug prove claim grid plot chaos scaling scaling_report
 convert
 loop
-evaluation
+evaluation probe coupled
 run
-world damage
-strategy zero lanes initial checkpoint log rundir speed signals meter launch slurm config
-data | models | optim schedules
+resume
+world damage replicas | doctor | replay
+strategy heal guard gate skipped zero lanes initial checkpoint log rundir fence speed signals meter launch slurm config
+data | models | optim schedules average | environments
 ops
 kernels | tokenizers
 progress errors seeds files
@@ -29,19 +30,21 @@ progress errors seeds files
 
 # The modules that may import each library; torch and numpy are everywhere but where NONE_OF says.
 OWNERS = {
-    "PIL": ["data.pictures", "data.sheet", "data.bench_images", "convert.images"],
+    "PIL": ["data.pictures", "data.sheet", "data.digits", "data.bench_images", "convert.images"],
     "accelerate": ["launch"],
     "aiohttp": ["data.download"],
-    "crc32c": ["data.index", "data.shard"],
+    "ale_py": ["environments"],
+    "crc32c": ["data.index", "data.shard", "checkpoint"],
     "deepspeed": ["zero"],
     "fsspec": ["data.download"],
+    "gymnasium": ["environments"],
     "liger_kernel": ["kernels.bench"],
     "litdata": ["data.bench_bytes"],
     "matplotlib": ["report", "plot", "kernels.bench"],
     "pyarrow": ["convert.text"],
     "rich": ["progress", "log"],
     "safetensors": ["models.exchange"],
-    "scipy": ["convert.published"],
+    "scipy": ["convert.published", "scaling"],
     "simplejpeg": ["data.pictures", "data.bench_images"],
     "sentencepiece": ["tokenizers.spm"],
     "streaming": ["data.bench_bytes"],

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from dltrain.errors import UserError
-from dltrain.scaling import Points, critical_batch, isoflop, parametric, power_law, read_points
+from dltrain.scaling import (
+    Points,
+    critical_batch,
+    frontier,
+    isoflop,
+    parametric,
+    power_law,
+    read_points,
+    shared_budgets,
+)
 
 # Hoffmann et al. 2022, equation 10
 E, A, B, ALPHA, BETA = 1.69, 406.4, 410.7, 0.34, 0.28
@@ -69,6 +78,15 @@ def test_what_isoflop_cannot_fit_is_named():
         isoflop(Points(n, 1e18 / 6 / n, np.array([2.0, 3.0, 2.0])), [1e18])
     with pytest.raises(UserError, match="2 sizes are too few"):
         isoflop(Points(n[:2], 1e18 / 6 / n[:2], np.ones(2)), [1e18])
+
+
+def test_budgets_and_frontier():
+    n = np.array([1.0, 2.0, 4.0, 1.0, 2.0, 4.0, 3.0])
+    flops = np.array([6.0, 6.0, 6.1, 24.0, 24.0, 24.0, 60.0])
+    runs = Points(n, flops / 6 / n, np.array([3.0, 2.5, 2.7, 2.4, 2.0, 2.1, 2.2]))
+    assert shared_budgets(runs) == [6.0, 24.0]
+    best = frontier(runs)
+    assert (best.params.tolist(), best.loss.tolist()) == ([2.0, 2.0], [2.5, 2.0])
 
 
 def test_the_noise_scale_is_that_of_the_gradients():

@@ -117,6 +117,12 @@ class ImageRows:
         return batch | ({"damaged": damaged} if damaged else {})
 
 
+def blank(size: int) -> dict[str, Tensor]:
+    """A batch of one row of padding, by the names of `ImageRows.batch`; without keys, which nothing is drawn from."""
+    found = {"images_BCHW": empty(1, size).zero_(), "labels_B": torch.zeros(1, dtype=torch.int64)}
+    return found | {"weights_B": torch.zeros(1), "count": torch.tensor(0)}
+
+
 def _decoded_to(size: int) -> np.ndarray:
     """At least `size` bytes that a thread keeps: new memory for every batch would cost a twentieth of its time."""
     if not hasattr(_kept, "buffer") or len(_kept.buffer) < size:

@@ -13,15 +13,17 @@ the training labels is random in `claim` as in Nakkiran et al. 2019, https://arx
 is so badly conditioned that in float32 rounding would decide the height of the peak.
 
 A closed form: there is nothing to train, hence no strategy and no checkpoint. The cells (seed, P) are independent;
-each is kept once made, so a killed study goes on, and `sbatch --array` deals them (dltrain/grid.py).
+each is kept once made, so a killed study goes on, and `sbatch --array` deals them (dltrain/grid.py). Networks that are
+trained, ever wider: deep_double_descent_study.py.
 
-Measured: recipes/README.md (settings and bounds were chosen on seed 100).
+Measured: recipes/README.md (settings and bounds were chosen on seed 100). `gpu` is `paper` for one seed and up to four
+times N; the error should peak at N, and end below where it was before: not yet measured.
 """
 
 import functools
 import gzip
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +42,15 @@ class Config(Settings):
     seeds: int = 3
 
 
+PAPER = Config(
+    rows=10_000, test_rows=10_000, noise=0.0, seeds=5,
+    features=(1000, 2000, 4000, 6000, 8000, 9000, 10_000, 11_000, 12_000, 15_000, 20_000, 40_000, 60_000),
+)  # fmt: skip
 PRESETS = {
     "claim": Config(),
     "debug": Config(data="clusters", rows=40, test_rows=200, bandwidth=20.0, features=(10, 20, 40, 80, 320), seeds=2),
-    "paper": Config(
-        rows=10_000, test_rows=10_000, noise=0.0, seeds=5,
-        features=(1000, 2000, 4000, 6000, 8000, 9000, 10_000, 11_000, 12_000, 15_000, 20_000, 40_000, 60_000),
-    ),
+    "gpu": replace(PAPER, seeds=1, features=PAPER.features[:-1]),
+    "paper": PAPER,
 }  # fmt: skip
 
 if __name__ == "__main__":
@@ -58,7 +62,7 @@ from torch import Tensor
 
 from dltrain.claim import Figure, judge
 from dltrain.errors import UserError
-from dltrain.grid import grid
+from dltrain.grid import grid, table
 from dltrain.plot import curves
 from dltrain.seeds import key
 
@@ -106,16 +110,18 @@ def mnist(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
 def main(cfg: Config) -> dict[int, list[dict[str, Any]]]:
     """Measure the grid and draw it; the cells by seed, in order of P."""
     torch.set_num_threads(int(os.environ.get("DLTRAIN_THREADS", 1)))  # their number changes the bits
+    device, driver = ("cuda", "gels") if torch.cuda.is_available() else ("cpu", "gelsd")  # a GPU has no other
 
     def measure(seed: int, features: int) -> dict[str, float]:
-        x_NE, y_N, x_ME, y_M = images(cfg, seed)
+        x_NE, y_N, x_ME, y_M = (part.to(device) for part in images(cfg, seed))
         generator = torch.Generator().manual_seed(key("features", seed))
         P = max(cfg.features)  # the features of a small P are among those of a greater one, as in the paper
         w_EP = torch.randn(x_NE.shape[1], P, generator=generator, dtype=torch.float64)[:, :features] / cfg.bandwidth
         b_P = 2 * torch.pi * torch.rand(P, generator=generator, dtype=torch.float64)[:features]
+        w_EP, b_P = w_EP.to(device), b_P.to(device)
         z_NP, z_MP = torch.cos(x_NE @ w_EP + b_P), torch.cos(x_ME @ w_EP + b_P)
         one_hot_NC = torch.nn.functional.one_hot(y_N, 10).double()
-        a_PC = torch.linalg.lstsq(z_NP, one_hot_NC, driver="gelsd").solution  # of least norm where there are many
+        a_PC = torch.linalg.lstsq(z_NP, one_hot_NC, driver=driver).solution  # of least norm where there are many
         fit_NC, predicted_MC = z_NP @ a_PC, z_MP @ a_PC
         return {
             "train_error": 100 * float((fit_NC.argmax(1) != y_N).double().mean()),
@@ -138,7 +144,7 @@ def main(cfg: Config) -> dict[int, list[dict[str, Any]]]:
         Path(cfg.out) / PLOT, {title: panel(k) for title, k in panels.items()}, x="random features",
         log=["norm of the solution"], mark=cfg.rows,
     )  # fmt: skip
-    print(f"see {Path(cfg.out) / PLOT}", flush=True)
+    print(f"{table(cells)}\nsee {Path(cfg.out) / PLOT}", flush=True)
     return by_seed
 
 

@@ -128,3 +128,12 @@ def test_mnist(tmp_path):
     x_NE, _, x_ME, y_M = study.images(dataclasses.replace(SMALL, data="", rows=3, test_rows=5, noise=0.0), 0)
     assert x_NE.shape == (3, 784) and x_ME.shape == (5, 784) and 0 <= float(x_NE.min()) < float(x_NE.max()) == 1
     assert y_M.tolist() == [7, 2, 1, 0, 4]  # as everyone knows
+
+
+@pytest.mark.parametrize("features", [20, 39, 41, 80])
+def test_what_a_gpu_solves_is_the_same_problem(features):
+    """LAPACK's gels, the only driver on a GPU, also finds the solution of least norm: the features are of full rank."""
+    generator = torch.Generator().manual_seed(0)
+    z_NP, one_hot_NC = (torch.randn(40, n, generator=generator, dtype=torch.float64) for n in (features, 10))
+    gels, gelsd = (torch.linalg.lstsq(z_NP, one_hot_NC, driver=driver).solution for driver in ("gels", "gelsd"))
+    torch.testing.assert_close(gels, gelsd)

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from dltrain.data.ring import RingRows
 from dltrain.data.shards import write_shard
 from dltrain.initial import fill, leaves
 from dltrain.models.gan import ImageCritic, ImageGenerator
-from dltrain.recipes.gan_train import PRESETS, Config, Players, main, players_optimizer
+from dltrain.recipes.gan_train import PRESETS, Config, Players, main, players_optimizer, real_of, rows_of
 
 DEBUG = dataclasses.replace(PRESETS["debug"], eval_every=12)
 SMALL = {"shards": "images", "size": 16, "width": 4, "latent": 3}  # for players without a run: no shards are read
@@ -182,3 +183,13 @@ def test_dcgan_on_shards_of_images(tmp_path):
         with Image.open(out / "samples.png") as sheet:
             assert min(sheet.size) >= 6 * 16  # 40 images of 16 pixels
         assert b"data:image/png;base64," in (out / "report.html").read_bytes()
+
+
+@pytest.mark.data
+@pytest.mark.skipif("DLTRAIN_DATA" not in os.environ, reason="DLTRAIN_DATA names no folder")
+@pytest.mark.parametrize(("preset", "rows"), [("mnist", 60_000), ("gpu", 50_000)])
+def test_published_images(preset, rows):
+    found = rows_of(PRESETS[preset])
+    real = real_of(found.batch(np.zeros(3, np.int64), np.arange(3)))
+    assert len(found) == rows and real.shape == (3, 3, 32, 32)
+    assert -1 <= float(real.min()) < float(real.max()) <= 1

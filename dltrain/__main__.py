@@ -15,6 +15,7 @@ USAGE = """usage: dltrain COMMAND ...
   dltrain chaos [RECIPE ...]    kill, preempt and harm runs of a recipe; exit code 1 where one differs by a bit
   dltrain claims [RECIPE ...]   run recipes' claims and record what was measured; exit code 1 where one is not shown
   dltrain shards KIND SRC DST   make webdataset shards of images, text, jsonl, parquet, idx, imagenet or cifar10
+  dltrain plan RECIPE ...       memory, time and failures on GPUs that are not there; --world, --gpu, --fit
   dltrain submit RECIPE ...     check a job on the login node, then hand it to SLURM; --nodes, --gpus, --dry-run
   dltrain bench train           our trainer beside a bare loop and Hugging Face's Trainer: throughput, memory, phases
   dltrain data WHAT PATTERN     index, verify, stats, show or explain shards; bench how fast they are read
@@ -57,6 +58,10 @@ def main() -> None:
                 from dltrain.commands import claims
 
                 claims.main(arguments)
+            case ["plan", *arguments]:
+                from dltrain.commands import plan
+
+                plan.main(arguments)
             case ["submit", *arguments]:
                 from dltrain.commands import submit
 

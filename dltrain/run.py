@@ -176,9 +176,9 @@ class Run(Resumable):
 
     def fetch(self, data: Iterator[list[Any]]) -> list[Any]:
         """This process's micro-batches of the step, for a loss that couples rows: `each` then goes through them."""
-        began = time.perf_counter()
+        self.speed.mark("rest")
         micros, self._no_data = self._next(data)
-        self.speed.wait(time.perf_counter() - began)
+        self.speed.mark("data")
         return micros
 
     def each(self, micros: list[Any]) -> Iterator[dict[str, Tensor]]:
@@ -195,6 +195,7 @@ class Run(Resumable):
             self.left_out.note(self.step_done + 1, micro.damaged if lane < n else [])
             seed_step(self.cfg.seed, self.step_done, min(lane, n - 1), micro.part)
             self.strategy.forward_of(self._at[1])
+            self.speed.mark("rest")
             yield {k: v.to(self.device, non_blocking=True) for k, v in micro.batch.items()}
 
     def _next(self, data: Iterator[list[Any]]) -> tuple[list[Any], bool]:
@@ -212,26 +213,31 @@ class Run(Resumable):
 
     def backward(self, sums: dict[str, Tensor]) -> None:
         """Take an objective's sums over the micro-batch; `sums["loss"]` is what is trained."""
+        self.speed.mark("forward")
         lane, last = self._at
         self.names = sorted(sums)
         values = torch.stack([sums[k].detach().double() for k in self.names])
         extra = values.new_tensor(self._counts)
         extra[-1] += bool(self.signals.name)
         self.strategy.backward(sums["loss"], lane, last)
+        self.speed.mark("backward")
         values = torch.cat([values, extra, *self.statistics.take()])
         self.sums[lane] = self.sums[lane] + values if lane in self.sums else values
 
     def step(self) -> Tensor:
         """Combine the lanes, divide once by the global count, clip, update. Returns the gradient's norm."""
+        self.speed.mark("rest")
         added = self.gather_lanes([self.sums[lane] for lane in self.strategy.mine]).sum(0)
         self._asked = float(added[len(self.names) + 2]) if self.me.world > 1 else 0.0  # waits for the device
         if self._asked >= NO_DATA:
             self.leave_by_signal()
         n = len(self.names)
         loss, norm = added[self.names.index("loss")] / added[n + 1], self.strategy.reduce(added[n + 1], self.cfg.clip)
+        self.speed.mark("communication")
         self.look()  # at the step before, which a GPU has long judged
         good = self.guard.judge(self.step_done + 1, loss, norm, added[n + 3 :])
         self.strategy.step(good if self.guard.skips(self.step_done + 1) else None)
+        self.speed.mark("optimizer")
         counted = torch.where(good, added, 0.0)
         self.window = counted[: n + 2] if self.window is None else self.window + counted[: n + 2]
         self.statistics.update(counted[n + 3 :])
@@ -267,9 +273,9 @@ class Run(Resumable):
 
     # --- what is kept and said -----------------------------------------------------------------------------------
 
-    def measure(self, flops: float, tokens: int) -> None:
-        """Tell the meter what a row costs (forward and backward FLOPs) and how many tokens it has. Before prepare()."""
-        self.speed.row_flops, self.speed.row_tokens = flops, tokens
+    def measure(self, work: Work) -> None:
+        """Tell the meter what the recipe computes. Before prepare()."""
+        self.speed.measure(work, self.cfg.batch, self.cfg.remat)
 
     def report(self, **values: Any) -> None:
         """Log the means since the last report, and `values` (numbers or 0-d tensors) of the step just done."""

@@ -8,7 +8,7 @@ import numpy as np
 from dltrain import rundir
 from dltrain.errors import UserError
 from dltrain.plot import curves
-from dltrain.scaling import Parametric, Points, frontier, isoflop, parametric, power_law, shared_budgets
+from dltrain.scaling import Parametric, Points, PowerLaw, frontier, isoflop, parametric, power_law, shared_budgets
 
 PLOTS = ("isoflop.png", "compute.png")
 
@@ -43,24 +43,26 @@ def fitted(points: Points, out: Path, beyond: tuple[float, float] | None = None)
         found["predicted"] = float(law.loss(*beyond))
         print(f"{beyond[0]:,.0f} parameters, {beyond[1]:,.0f} tokens: {found['predicted']:.4f} nats predicted")
     out.mkdir(parents=True, exist_ok=True)
-    _draw(points, best, law, budgets, out)
-    curves(
-        out / PLOTS[1],
-        {"least loss (nats)": {"runs": (best.flops, best.loss), "power law": (best.flops, by_compute.at(best.flops))}},
-        x="FLOPs", log=["least loss (nats)"],
-    )  # fmt: skip
+    _draw(points, best, law, by_compute, budgets, out)
     rundir.write_json(out / "fits.json", rundir.plain(found))
     return found
 
 
-def _draw(points: Points, best: Points, law: Parametric, budgets: list[float], out: Path) -> None:
-    """Loss by parameters, a line for each budget: as measured and as L(N, D) has it."""
-    lines = {f"{c:.2g} FLOPs": points.where(np.abs(points.flops / c - 1) < 0.05) for c in budgets} or {"runs": points}
-    lines = {label: line.where(np.argsort(line.params)) for label, line in lines.items()}
+def _draw(points: Points, best: Points, law: Parametric, by_compute: PowerLaw, budgets: list[float], out: Path) -> None:
+    """Loss by parameters, a line for each budget, as measured and as L(N, D) has it; least loss by compute."""
+    some = {f"{c:.2g} FLOPs": points.where(np.abs(points.flops / c - 1) < 0.05) for c in budgets} or {"runs": points}
+    some = {label: runs.where(np.argsort(runs.params)) for label, runs in some.items()}
     panels = {
-        "loss (nats)": {label: (line.params, line.loss) for label, line in lines.items()},
+        "loss (nats)": {label: _line(runs.params, runs.loss) for label, runs in some.items()},
         "E + A / N^alpha + B / D^beta": {
-            label: (line.params, law.loss(line.params, line.tokens)) for label, line in lines.items()
+            label: _line(runs.params, law.loss(runs.params, runs.tokens)) for label, runs in some.items()
         },
     }
     curves(out / PLOTS[0], panels, x="parameters")
+    title, said = "least loss (nats)", f"C^{by_compute.exponent:.4f}"
+    lines = {"runs": _line(best.flops, best.loss), said: _line(best.flops, by_compute.at(best.flops))}
+    curves(out / PLOTS[1], {title: lines}, x="FLOPs", log=[title])
+
+
+def _line(x: np.ndarray, y: np.ndarray) -> tuple[list[float], list[float]]:
+    return x.tolist(), y.tolist()

@@ -93,7 +93,6 @@ from dltrain.seeds import key
 from dltrain.tokenizers.spm import Tokenizer
 
 # B rows of a micro-batch, L tokens of a row, P predicted positions of a row, V vocabulary
-
 NEXT = """
 
 What to try next:
@@ -109,7 +108,7 @@ class BertRows:
     def __init__(self, cfg: Config, tokenizer: Tokenizer, store: TokenStore, documents: np.ndarray):
         self.cfg, self.tokenizer, self.store = cfg, tokenizer, store
         self.text = (SentencePairs if cfg.objective == "bert" else FullSentences)(store, tokenizer, documents, cfg.row)
-        self.predictions = predictions(cfg)
+        self.predictions = max(1, round(cfg.row * cfg.masked))
         self.fingerprint = f"{store.fingerprint[:16]}-{len(documents)}-{cfg.objective}-{cfg.row}-{cfg.masked}"
 
     def __len__(self) -> int:
@@ -146,11 +145,6 @@ class BertRows:
         draw = random.random(len(positions))
         ids[positions[draw < 0.8]] = self.tokenizer.mask
         ids[positions[draw >= 0.9]] = random.integers(5, self.cfg.vocab, (draw >= 0.9).sum())
-
-
-def predictions(cfg: Config) -> int:
-    """Of a row, at most."""
-    return max(1, round(cfg.row * cfg.masked))
 
 
 class PretrainBert(nn.Module):
@@ -205,7 +199,7 @@ def export(cfg: Config, weights: dict[str, Tensor], folder: Path) -> None:
 
 
 def work(cfg: Config) -> Work:
-    row = collate([None], cfg.row, predictions(cfg), pad=0)
+    row = collate([None], cfg.row, max(1, round(cfg.row * cfg.masked)), pad=0)
     optimizer_of = adamw(cfg.lr, betas=(0.9, cfg.beta2), eps=1e-6, decay=cfg.decay)
     return Work(lambda: PretrainBert(model_config(cfg)), optimizer_of, row, tokens=cfg.row, causal=cfg.left_only)
 
@@ -225,16 +219,14 @@ def main(cfg: Config) -> None:
         if means:  # none if the run was done before
 
             def results() -> dict[str, Any]:
-                loss, accuracy = unigram(cfg, unseen)
-                figures = [
-                    figure("masked-LM loss", means["eval"]["mlm_loss"], loss, "lower"),
-                    figure("masked-LM accuracy", means["eval"]["mlm_accuracy"], accuracy, "higher"),
-                ]
+                (loss, accuracy), found = unigram(cfg, unseen), means["eval"]
+                lower = figure("masked-LM loss", found["mlm_loss"], loss, "lower")
+                higher = figure("masked-LM accuracy", found["mlm_accuracy"], accuracy, "higher")
                 note = f"baseline: token frequencies; {len(unseen):,} held-out rows of {cfg.row} tokens"
                 trained = PretrainBert(model_config(cfg)).eval()
                 trained.load_state_dict(run.weights())
                 samples = cloze.fill_in(trained.model, unseen.tokenizer, short_sentences(unseen.text))
-                return {"figures": figures, "samples": samples, "notes": [note]}
+                return {"figures": [lower, higher], "samples": samples, "notes": [note]}
 
             conclude(run, results)
         farewell(run, NEXT)

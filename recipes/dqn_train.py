@@ -15,7 +15,7 @@ the root; vectors are divided by their spread in the first, random turns; five m
 
 The same bits under single, ddp and fsdp. Not under zero1 to zero3 or --lanes 0: the target network is in no loss.
 
-Measured: on the seeds tuned on (0 to 2) see docs/dqn.md. `gpu` and `paper`: not yet measured.
+Measured: `claim` in recipes/README.md. `gpu` and `paper`: not yet measured.
 """
 
 from dataclasses import dataclass, replace
@@ -55,7 +55,7 @@ PRESETS = {
         steps=24, batch=24, lanes=4, actors=4, updates=2, memory=100, frames=2, warm=60, explore=50, target_every=5,
         width=16, episodes=3, log_every=1, eval_every=12, save_every=6, keep=4,
     ),
-    "claim": Config(seed=10, steps=3000, gamma=0.98, log_every=125, eval_every=125, save_every=125, keep=30),
+    "claim": Config(seed=10, steps=3000, gamma=0.98, log_every=60, eval_every=60, save_every=60, keep=50),
     "gpu": PONG,
     "paper": replace(
         PONG, steps=12_500_000, batch=32, actors=4, updates=1, memory=1_000_000, warm=50_000, explore=1_000_000,

@@ -1,22 +1,17 @@
 """GAN, DCGAN, WGAN, WGAN-GP: two players who take turns. Gulrajani et al. 2017, https://arxiv.org/abs/1704.00028.
 
-    python recipes/gan_train.py claim        # eight Gaussians on a ring, WGAN-GP beside the GAN
-    python recipes/gan_train.py mnist        # DCGAN, digits in three minutes of one CPU core
+    python recipes/gan_train.py claim        # eight Gaussians on a ring; mnist: DCGAN, digits in three minutes
     torchrun --nproc-per-node 8 recipes/gan_train.py dcgan --shards 'lsun-{000..299}.tar'
 
 `--objective gan` is the non-saturating one (Goodfellow et al. 2014, https://arxiv.org/abs/1406.2661, section 3), `wgan`
 clamps the critic's weights (Arjovsky et al. 2017, https://arxiv.org/abs/1701.07875, algorithm 1), `wgan-gp` penalises
 every sample's gradient (algorithm 1 here). On images both players are DCGAN's (Radford et al. 2015,
 https://arxiv.org/abs/1511.06434). The discriminator is called critic throughout. A step is one player's
-turn: `critic_steps` of the critic, then one of the generator. What is logged: docs/gan.md.
+turn: `critic_steps` of the critic, then one of the generator. What is logged, `mnist` and `gpu`: docs/gan.md.
 
 Departs from the papers: the noise is normal everywhere; batch normalisation has no running averages; every turn, the
 generator's too, reads new rows; on the ring two hidden layers of 64 and a penalty of 0.1, as in the authors' toy code.
-Not under zero1 to zero3 or --lanes 0, which want every parameter in every step's loss.
-
-Measured: `claim`, seeds 2 to 7 (settings chosen on 0 and 1): WGAN-GP covers 8 of 8 modes, and its critic's distance
-follows the sliced Wasserstein distance with a correlation of 0.84 to 0.94, the GAN's with -0.87 to -0.16. `mnist`, and
-what `gpu` (WGAN-GP on CIFAR-10) should reach: docs/gan.md.
+Not under zero1 to zero3 or --lanes 0, which want every parameter in every step's loss. Measured: recipes/README.md.
 """
 
 from dataclasses import dataclass, replace
@@ -74,11 +69,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dltrain.claim import Figure, judge, logged
-from dltrain.convert.ready import ready
+from dltrain.convert.ready import image_shards
 from dltrain.data.crops import CentreCrop
 from dltrain.data.images import ImageRows, blank
 from dltrain.data.ring import RingRows, densities, modes, sliced_wasserstein
-from dltrain.data.shards import Shards
 from dltrain.data.sheet import contact_sheet
 from dltrain.errors import UserError
 from dltrain.flops import Work, count
@@ -95,9 +89,7 @@ from dltrain.strategy import materialise
 def rows_of(cfg: Config) -> RingRows | ImageRows:
     if cfg.shards == "ring":
         return RingRows(cfg.seed)
-    published = cfg.shards.removeprefix("published:")
-    shards = Shards(cfg.shards if published == cfg.shards else ready(published))
-    return ImageRows(shards, cfg.size, CentreCrop(1.0), seed=cfg.seed)
+    return ImageRows(image_shards(cfg.shards), cfg.size, CentreCrop(1.0), seed=cfg.seed)
 
 
 def real_of(batch: dict[str, Tensor]) -> Tensor:
@@ -207,13 +199,11 @@ def main(cfg: Config) -> None:
     with dltrain.Run(cfg) as run:
         if run.cfg.strategy.startswith("zero") or cfg.lanes == 0:
             raise run.alike(UserError("two players take turns: not under zero1 to zero3, nor with --lanes 0; use ddp"))
-        rows = run.everywhere(lambda: rows_of(cfg))
-        does = work(cfg)
+        rows, does = run.everywhere(lambda: rows_of(cfg)), work(cfg)
         run.measure(count(does, cfg.batch).full, does.tokens)
         players, optimizer = run.prepare(does.task, does.optimizer)
-        index_N = np.arange(min(4096, len(rows)))
+        index_N, fakes = np.arange(min(4096, len(rows))), dict[str, Tensor]()
         known, data = rows.batch(np.zeros_like(index_N), index_N), run.batches(rows)
-        fakes: dict[str, Tensor] = {}
         for step in run.steps():
             rounds, place = divmod(step, cfg.critic_steps + 1)
             turn = "critic" if place < cfg.critic_steps else "generator"

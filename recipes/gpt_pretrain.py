@@ -5,17 +5,15 @@
 
 Sizes: `gpt` (Radford et al. 2018, sections 3.1 and 4.1), `gpt2` ... `gpt2-large`, `paper` (GPT-2 of 1.5B), `gpt3-small`
 ... `gpt3-175b` (Brown et al. 2020, https://arxiv.org/abs/2005.14165, table 2.1 and appendix B). What GPT-2's paper does
-not say (rate, betas, decay, clip, number of steps) is as in GPT-3's and in nanoGPT's reproduction.
-
-Departs from the papers: sentencepiece's byte-pair encoding, which turns white space of any kind into one space, instead
-of bytes; positions start with deviation 0.02 as all weights (0.01 in GPT-2's code); GPT-3's banded layers are dense,
-its batch does not grow, and its cosine ends with the training; GPT's decay is AdamW's.
+not say (rate, betas, decay, clip, number of steps) is as in GPT-3's and in nanoGPT's reproduction. Departures:
+sentencepiece's byte-pair encoding, which turns white space of any kind into one space, instead of bytes; positions
+start with deviation 0.02 as all weights (0.01 in GPT-2's code); GPT-3's banded layers are dense, its batch does not
+grow, and its cosine ends with the training; GPT's decay is AdamW's.
 
 Claim: nanoGPT's CPU setting (its README, "I only have a macbook") ends on tinyshakespeare, in characters, at a loss of
 1.88 nats on held-out text. Ours has biases, GELU by tanh, windows drawn without replacement, and as held-out text the
-whole last tenth instead of 20 batches of it. Measured: 1.892 and 1.894 (seeds 0 and 1, none tuned on), 3 minutes of one
-CPU core. `gpu`, its GPU setting, whose best loss along the way is 1.4697, should reach 1.48 in 2 minutes of an H200;
-`gutenberg` is GPT-2's 124M on 260 M tokens of books: not yet measured.
+whole last tenth instead of 20 batches of it. Measured: recipes/README.md. `gpu`, its GPU setting (best loss 1.4697),
+should reach 1.48 in 2 minutes of an H200; `gutenberg` is GPT-2's 124M on 260 M tokens of books: not yet measured.
 """
 
 import itertools
@@ -117,7 +115,6 @@ from dltrain.tokenizers.chars import Chars
 Tokenizer = spm.Tokenizer | Chars
 
 # B rows of a micro-batch, L tokens of a row, V vocabulary
-
 NEXT = """
 
 What to try next:
@@ -175,12 +172,11 @@ def text(cfg: Config) -> tuple[Tokenizer, Windows, Windows]:
 def results(cfg: Config, weights: dict[str, Tensor], loss: float) -> dict[str, Any]:
     """The held-out loss beside the least that any unigram model can have there, and held-out text continued."""
     tokenizer, _, unseen = data(cfg)
-    index_N = np.arange(min(len(unseen), 1000))
-    batch = unseen.batch(np.zeros_like(index_N), index_N)
+    batch = unseen.batch(np.zeros(n := min(len(unseen), 1000), np.int64), np.arange(n))
     targets = batch["targets_BL"][batch["targets_BL"] >= 0]
     p = targets.bincount().double() / len(targets)
     model, half, samples = load(cfg, weights), cfg.row // 2, []
-    for row in np.linspace(0, len(index_N) - 1, 4).astype(int).tolist():
+    for row in np.linspace(0, n - 1, 4).astype(int).tolist():
         ids, targets = batch["ids_BL"][row, :half].tolist(), batch["targets_BL"][row, half - 1 :]
         written = list(itertools.islice(generate(model, ids, temperature=0.8, seed=cfg.seed), cfg.row - half + 1))
         parts = (tokenizer.decode(t).replace("\n", " / ") for t in (ids, written, targets[targets >= 0].tolist()))
@@ -220,8 +216,8 @@ def start(cfg: Config) -> dict[str, Tensor]:
 
 def work(cfg: Config) -> Work:
     optimizer_of = adamw(cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8, decay=cfg.decay)
-    names = ("ids_BL", "targets_BL", "documents_BL", "positions_BL")
-    row = {name: torch.zeros(1, cfg.row, dtype=torch.int64) for name in names}
+    zeros = torch.zeros(1, cfg.row, dtype=torch.int64)
+    row = {name: zeros for name in ("ids_BL", "targets_BL", "documents_BL", "positions_BL")}
     return Work(lambda: PretrainGpt(model_config(cfg), cfg.pack), optimizer_of, row, tokens=cfg.row, causal=True)
 
 

@@ -12,9 +12,8 @@ by itself; the rate falls at steps written down beforehand, not "when the error 
 pixels, 8 channels and 400 steps, too few to get over a bad start, so its residual branches begin at zero (Goyal et al.
 2017, https://arxiv.org/abs/1706.02677, section 5.1).
 
-The same bits under single, ddp, fsdp and hybrid, batch norm's running statistics too; --average and LARS not under
-zero1 to zero3. Measured: recipes/README.md; `gpu` should reach at least 91.25 % (table 6): not yet measured, as all
-other presets.
+--average and LARS not under zero1 to zero3. Measured: recipes/README.md; `gpu` should reach at least 91.25 % (table 6):
+not yet measured, as all other presets.
 """
 
 from dataclasses import dataclass, replace
@@ -223,25 +222,22 @@ def first_layer(cfg: Config, rows: Any) -> dict[str, Tensor]:
 
 def results(cfg: Config, weights: dict[str, Tensor], means: dict[str, float]) -> dict[str, Any]:
     """Accuracy beside chance, and a picture of the first layer's filters."""
-    filters = next(w for name, w in weights.items() if name.startswith("model.") and w.ndim == 4 and w.shape[1] == 3)
-    write_atomic(Path(cfg.out) / "filters.png", filter_sheet(filters.numpy()))
-    figures = [figure("top-1 accuracy", means["top1"], 1 / cfg.classes, "higher")]
-    return {"figures": figures, "samples": [], "pictures": ["filters.png"]}
+    filters = next(w for name, w in weights.items() if name.startswith("model.") and w.ndim == 4)
+    write_atomic(Path(cfg.out) / "filters.png", filter_sheet(filters.expand(-1, 3, -1, -1).numpy()))
+    top1 = figure("top-1 accuracy", means["top1"], 1 / cfg.classes, "higher")
+    return {"figures": [top1], "samples": [], "pictures": ["filters.png"]}
 
 
 def claim(cfg: Config) -> None:
     """Training losses of 20 and 56 layers, without and with shortcuts, over the last 100 steps."""
-    seeds, lines = (cfg.seed, cfg.seed + 1), {}
-    steps = range(cfg.log_every, cfg.steps + 1, cfg.log_every)
-    loss: dict[tuple[str, int], float] = {}
+    seeds, steps = (cfg.seed, cfg.seed + 1), range(cfg.log_every, cfg.steps + 1, cfg.log_every)
+    lines, loss = {}, dict[tuple[str, int], float]()
     for seed, model in product(seeds, ("plain-20", "plain-56", "resnet-20", "resnet-56")):
         out = f"{cfg.out}/{model}-{seed}"
         main(replace(cfg, model=model, zero_gamma=model.startswith("resnet"), seed=seed, out=out))
         losses = logged(out, "loss")
         lines[f"{model}, seed {seed}"], loss[model, seed] = (steps, losses), float(np.mean(losses[-5:]))
-    plain, residual = (
-        {s: loss[f"{kind}-56", s] - loss[f"{kind}-20", s] for s in seeds} for kind in ("plain", "resnet")
-    )
+    plain, residual = ({s: loss[f"{k}-56", s] - loss[f"{k}-20", s] for s in seeds} for k in ("plain", "resnet"))
     figures = [
         Figure("plain-56's training loss above plain-20's (nats)", plain, paper="above", least=0.12),
         Figure("ResNet-56's training loss above ResNet-20's (nats)", residual, paper="below", most=0.05),

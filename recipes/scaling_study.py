@@ -35,10 +35,10 @@ class Config(dltrain.Config):
     text: int = 1 << 24  # bytes of the training text; 0: all
     unseen: int = 2048  # held-out rows, from all over the held-out text
     widths: tuple[int, ...] = (8, 12, 16, 24, 32, 48)
-    budgets: tuple[float, ...] = (4e9, 1.2e10, 3.6e10, 1.1e11)  # FLOPs, 6 N D
-    ratio: tuple[float, float] = (3, 140)  # D / N: of a budget those widths are trained for which it lies between
-    left_out: tuple[int, float] = (64, 3.3e11)  # width and FLOPs of the run that the others predict; 0 0: none
-    weaker: tuple[int, ...] = (8, 16)  # widths that are also trained without attention, and without positions
+    budgets: tuple[float, ...] = (1.2e10, 3.6e10, 1.1e11, 3.3e11)  # FLOPs, 6 N D
+    ratio: tuple[float, float] = (10, 150)  # D / N: of a budget those widths are trained for which it lies between
+    left_out: tuple[int, float] = (64, 6.6e11)  # width and FLOPs of the run that the others predict; 0 0: none
+    weaker: tuple[int, ...] = (12, 24)  # widths that are also trained without attention, and without positions
     architecture: Architecture = "gpt"  # of one run
     row: int = 64  # tokens
     batch: int = 4  # rows per optimizer step, over all ranks
@@ -55,9 +55,9 @@ PRESETS = {
         left_out=(32, 1.6e8), weaker=(8, 16), row=16, batch=8, lanes=4, log_every=2, save_every=2,
     ),
     "gpu": Config(
-        text=0, widths=(128, 192, 256, 384, 512, 768), budgets=(1e15, 4e15, 1.6e16, 6.4e16), left_out=(1024, 1.28e17),
-        weaker=(128, 256), unseen=16384, row=256, batch=128, layers=6, heads=8, base_width=256, lr=2e-3,
-        precision="bf16", compile=True, log_every=100, save_every=1000,
+        text=0, widths=(64, 96, 128, 192, 256, 384), budgets=(2.5e13, 1e14, 4e14, 1.6e15), ratio=(2, 150),
+        left_out=(512, 6.4e15), weaker=(64, 128), unseen=16384, row=256, batch=128, layers=6, heads=4, base_width=128,
+        lr=2e-3, precision="bf16", log_every=100,
     ),
     "fit": Config(points="points.csv"),
 }  # fmt: skip
@@ -151,12 +151,13 @@ def train(cfg: Config, width: int) -> None:
 def noise_scale(cfg: Config, width: int, batches: int = 64, rows: int = 4) -> float:
     """The critical batch (tokens) where the run in `cfg.out` ended: squared norms of the gradients of few rows and of
     all of them."""
-    task, windows = Predict(cfg, width), rows_of(cfg)[0]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    task, windows = Predict(cfg, width).to(device), rows_of(cfg)[0]
     task.load_state_dict(checkpoint.read(checkpoint.steps(Path(cfg.out) / "checkpoints")[-1]))
     index_N, total, square = np.linspace(0, len(windows) - 1, batches * rows).astype(int), 0.0, 0.0
     for index_M in index_N.reshape(rows, batches).T:  # rows from all over the text
         task.zero_grad()
-        batch = windows.batch(np.zeros_like(index_M), index_M)
+        batch = {k: v.to(device) for k, v in windows.batch(np.zeros_like(index_M), index_M).items()}
         (task(batch)["loss"] / batch["count"]).backward()
         gradient = torch.cat([p.grad.flatten() for p in task.parameters() if p.grad is not None]).double()
         total, square = total + gradient / batches, square + float(gradient.square().sum()) / batches

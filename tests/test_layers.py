@@ -14,7 +14,7 @@ LAYERS = """
 bench
 recipes
 __main__
-commands report debug prove claim grid plot chaos scaling scaling_report
+commands report debug prove claim grid plot chaos scaling scaling_report throughput
 convert
 loop
 evaluation probe coupled
@@ -48,7 +48,9 @@ OWNERS = {
     "simplejpeg": ["data.pictures", "data.bench_images"],
     "sentencepiece": ["tokenizers.spm"],
     "streaming": ["data.bench_bytes"],
+    "timm": ["throughput.workloads"],
     "torch.utils.tensorboard": ["log"],
+    "transformers": ["throughput.hugging_face"],
     "triton": ["kernels"],
     "tyro": ["config"],
     "wandb": ["log"],

@@ -2,7 +2,6 @@
 
 import argparse
 import datetime
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 from dltrain import launch, rundir
 from dltrain.errors import UserError
 
-ABOUT = """Trains each size by our trainer, by a bare loop and by Hugging Face's Trainer, in turns within one process, and
-prints tables: throughput, memory, and where a step's time goes. `checkpoint` measures what saving costs a run."""
+ABOUT = """Trains each size by our trainer, by a bare loop and by Hugging Face's Trainer, in turns within one process;
+prints tables of throughput, memory, and where a step's time goes. `checkpoint` measures what saving costs a run."""
 CHECKPOINT = "checkpoint"
 
 
@@ -45,7 +44,7 @@ def bench(sizes: str, rounds: int) -> dict[str, Any]:
 
     from dltrain.throughput.compare import compare
     from dltrain.throughput.stall import stall
-    from dltrain.throughput.workloads import ON_CPU, ON_GPU, SAVED, SIZES
+    from dltrain.throughput.workloads import ON_CPU, ON_GPU, SAVED, SIZES, installed
 
     kind = "cuda" if torch.cuda.is_available() and os.environ.get("DLTRAIN_DEVICE") != "cpu" else "cpu"
     names = sizes.split(",") if sizes else [*(ON_GPU if kind == "cuda" else ON_CPU), CHECKPOINT]
@@ -63,7 +62,7 @@ def bench(sizes: str, rounds: int) -> dict[str, Any]:
             found["checkpoint"] = stall(SAVED[kind], SIZES[SAVED[kind]](), max(2, rounds // 4), at)
         else:
             found["sizes"].append(compare(name, SIZES[name](), rounds, at))
-    left_out = [f"{name} is not installed" for name in ("transformers", "timm") if not importlib.util.find_spec(name)]
+    left_out = [f"{name} is not installed" for name in ("transformers", "timm") if not installed(name)]
     where = {"date": datetime.date.today().isoformat(), "load": load, "command": f"dltrain {' '.join(sys.argv[1:])}"}
     return found | {"left_out": left_out, "measured": where | rundir.environment()[0]}
 

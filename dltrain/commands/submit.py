@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     asked.tasks = asked.tasks or asked.gpus or 1
     if not command or command[0].startswith("-"):
         raise UserError("which recipe? dltrain submit --nodes 2 --gpus 8 recipes/bert_pretrain.py base --out DIR")
-    recipe = _recipe(command[0])
+    recipe = recipe_of(command[0])
     cfg = config.parse(
         recipe.Config, recipe.PRESETS, Path(command[0]).stem, command[1:], (recipe.__doc__ or "").split("\n")[0]
     )
@@ -76,7 +76,8 @@ def main(argv: list[str]) -> None:
     print(f"job {job}: {asked.nodes} x {asked.tasks} processes; tail -F {path.parent}/slurm-{job}.out")
 
 
-def _recipe(name: str) -> ModuleType:
+def recipe_of(name: str) -> ModuleType:
+    """The module of a recipe's file. UserError where there is none, or no recipe in it."""
     path = Path(name)
     if not path.is_file():
         raise UserError(f"{name}: no such recipe; give its path, such as recipes/bert_pretrain.py")

@@ -4,7 +4,6 @@ In each round every side takes a turn of some steps. A ratio is the median, with
 """
 
 import contextlib
-import importlib.util
 import io
 import statistics
 import tempfile
@@ -25,7 +24,7 @@ from dltrain.strategy import units
 from dltrain.throughput.hugging_face import drive_trainer
 from dltrain.throughput.phases import Memory, Phases, Watched, state_bytes, synchronise
 from dltrain.throughput.turns import Player
-from dltrain.throughput.workloads import Mean, Workload, batches, pulled
+from dltrain.throughput.workloads import Mean, Workload, batches, installed, pulled
 
 CLIP, LOG_EVERY = 1.0, 10
 OURS, BARE, TRAINER = "dltrain", "bare loop", "Trainer"
@@ -108,7 +107,7 @@ def sides(load: Workload, rows: Watched, at: torch.device, folder: str) -> dict[
     ours = lambda: Mean(load.task())  # noqa: E731
     drives: dict[str, Callable[[Player], None]] = {BARE: partial(drive_bare, load=load, build=ours, rows=rows, at=at)}
     drives |= {name: partial(drive_bare, load=load, build=b, rows=rows, at=at) for name, b in load.plain.items()}
-    if importlib.util.find_spec("transformers"):
+    if installed("transformers"):
         for name, build in {TRAINER: ours, **load.hugging_face}.items():
             drives[name] = partial(drive_hugging_face, load=load, build=build, rows=rows, at=at, out=f"{folder}/hf")
     others = {name: Player(drive, usual_switches) for name, drive in drives.items()}

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer, and transformers' own models, as others of a comparison. The importer of transformers here."""
+"""Hugging Face's Trainer, and transformers' own models, for comparison. The only importer of transformers."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,8 @@ class Gpt2(nn.Module):
         super().__init__()
         config = transformers().GPT2Config(
             vocab_size=cfg.vocab, n_positions=cfg.positions, n_embd=cfg.width, n_layer=cfg.layers, n_head=cfg.heads,
-            resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout, attn_pdrop=cfg.dropout, use_cache=False, bos_token_id=None, eos_token_id=None,
+            resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout, attn_pdrop=cfg.dropout, use_cache=False,
+            bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
         config._attn_implementation = "sdpa"
         self.model = transformers().GPT2LMHeadModel(config)

@@ -20,24 +20,24 @@ PHASES = "data", "forward", "backward", "between", "optimizer", "rest"
 
 
 class Phases:
-    """Seconds of each phase, adding up to all that passes between `begin` and `end`.
+    """Seconds of each phase, adding up to all that the turns take that are looked at.
 
-    `between` is from a backward to the update: clipping, and what a trainer does there. `data` is making the rows, of
-    which a GPU need not know; `rest` has copies to the device, and all else. A GPU is waited for at every change, so
-    the sum is more than an undisturbed step takes. Of all the turns that it looks at.
+    `data` is making the rows; `between` is from a backward to the update: clipping, and what a trainer does there;
+    `rest` has copies to the device, and all else. A GPU is waited for at every change, so that the sum is more than an
+    undisturbed step takes.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.seconds, self.now, self.since = dict.fromkeys(PHASES, 0.0), "rest", 0.0
+        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self.now, self.since = "rest", 0.0
 
-    def turn(self, phase: str) -> str:
-        """Another phase begins; the one that ends."""
+    def turn(self, phase: str) -> None:
+        """Another phase begins."""
         synchronise(self.device)
         now = time.perf_counter()
         self.seconds[self.now] += now - self.since
-        before, self.now, self.since = self.now, phase, now
-        return before
+        self.now, self.since = phase, now
 
     @contextlib.contextmanager
     def of(self, player: Player, rows: "Watched") -> Iterator[None]:
@@ -50,10 +50,10 @@ class Phases:
             self.turn("between")
 
         hooks = [
-            player.module.register_forward_pre_hook(lambda *ignored: self._to("forward")),
-            player.module.register_forward_hook(lambda *ignored: self._to("rest")),
-            register_optimizer_step_pre_hook(lambda *ignored: self._to("optimizer")),
-            register_optimizer_step_post_hook(lambda *ignored: self._to("rest")),
+            player.module.register_forward_pre_hook(lambda *ignored: self.turn("forward")),
+            player.module.register_forward_hook(lambda *ignored: self.turn("rest")),
+            register_optimizer_step_pre_hook(lambda *ignored: self.turn("optimizer")),
+            register_optimizer_step_post_hook(lambda *ignored: self.turn("rest")),
         ]
         rows.phases = self
         synchronise(self.device)
@@ -66,9 +66,6 @@ class Phases:
             rows.phases = None
             for hook in hooks:
                 hook.remove()
-
-    def _to(self, phase: str) -> None:
-        self.turn(phase)
 
 
 class Watched:
@@ -84,7 +81,8 @@ class Watched:
     def batch(self, *index: Any) -> dict[str, Any]:
         if self.phases is None:
             return self.rows.batch(*index)
-        before = self.phases.turn("data")
+        before = self.phases.now
+        self.phases.turn("data")
         batch = self.rows.batch(*index)
         self.phases.turn(before)
         return batch

@@ -66,5 +66,6 @@ def stall(name: str, load: Workload, rounds: int, at: torch.device) -> dict[str,
     return {
         "size": name, "what": load.what, "precision": load.precision, "rounds": rounds, "checkpoint_bytes": size,
         "step_seconds": statistics.median(seconds), "stall_seconds": quartiles(stalls), "stall_goal": 0.1,
-        "next_steps_times": quartiles(slowdowns), "next_steps_goal": 1.02, "published_after_seconds": quartiles(commits),
+        "next_steps_times": quartiles(slowdowns), "next_steps_goal": 1.02,
+        "published_after_seconds": quartiles(commits),
     }  # fmt: skip

@@ -152,7 +152,7 @@ class ImageTask(nn.Module):
         self.model = image_model(name, classes, side)
 
     def forward(self, batch: Batch) -> Batch:
-        dtype = self.model.conv.weight.dtype  # bfloat16 where the trainer casts
+        dtype = next(self.model.parameters()).dtype  # bfloat16 where the trainer casts
         logits_BK = self.model(scaled(batch["images_BCHW"]).to(dtype))
         return {"loss": F.cross_entropy(logits_BK.float(), batch["labels_B"], reduction="sum")}
 
@@ -199,9 +199,13 @@ class ImageModel(nn.Module):
 
 
 def timm_model(name: str, classes: int) -> nn.Module:
-    import timm
+    import timm  # type: ignore[import-not-found]  # an option
 
     return ImageModel(timm.create_model(name, num_classes=classes))
+
+
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 # --- sizes ---------------------------------------------------------------------------------------------------------
@@ -238,7 +242,7 @@ def bert(cfg: BertConfig, row: int, what: str, **more: Any) -> Workload:
 
 
 def resnet(name: str, side: int, classes: int, what: str, timm: str = "", **more: Any) -> Workload:
-    there = timm and importlib.util.find_spec("timm")
+    there = timm and installed("timm")
     return Workload(
         what=what, task=partial(ImageTask, name, classes, side), rows=partial(images, side, classes),
         optimizer=sgd(0.05, 0.9, 5e-5), usual=usual_sgd, unit="images", per_row=1,
@@ -272,7 +276,9 @@ SIZES: dict[str, Callable[[], Workload]] = {
         "1.3B parameters, 16 rows of 2,048 tokens", plain=False, theirs=False, batch=16, micro=8, turn=4,
         least=50_000, **GPU,
     ),
-    "bert-base": lambda: bert(BertConfig(), 512, "110M parameters, 128 rows of 512", batch=128, micro=64, turn=8, **GPU),
+    "bert-base": lambda: bert(
+        BertConfig(), 512, "110M parameters, 128 rows of 512 tokens", batch=128, micro=64, turn=8, **GPU
+    ),
     "bert-large": lambda: bert(
         BertConfig(layers=24, width=1024, heads=16, mlp=4096), 512, "336M parameters, 64 rows of 512 tokens",
         batch=64, micro=32, turn=6, times={"Trainer, transformers' model": 1.3}, **GPU,

@@ -1,15 +1,15 @@
 """muP: a learning rate found at a small width holds at a large one. Yang et al. 2022, "Tensor Programs V".
 
     python recipes/studies/mup_study.py claim      # the sweep, the coordinate check, the verdict and the plots
-    sbatch --array=0-31 slurm/array.sbatch recipes/studies/mup_study.py gpu --out /scratch/me/mup
+    sbatch --array=0-57 slurm/array.sbatch recipes/studies/mup_study.py gpu --out /scratch/me/mup
 
 https://arxiv.org/abs/2203.03466. GPTs of several widths are trained at a grid of learning rates, a factor of two apart,
-once as GPT-2 (standard) and once under muP (table 8; dltrain/models/gpt.py, `base_width`). Under muP the best rate stays
-where it is, in the standard parametrisation it falls as the width grows (figures 1 and 3). The coordinate check (section
-D.1) says why: by how much the first steps move attention, the feed-forward network and the logits, by width. At the
-base width both are the same network.
+as GPT-2 (standard) and under muP (table 8; dltrain/models/gpt.py, `base_width`). Under muP the best rate stays where it
+is; in the standard parametrisation it falls as the width grows (figures 1 and 3). The coordinate check (section D.1)
+says why: by how much the first steps move attention, the feed-forward network and the logits, by width. At the base
+width both are the same network.
 
-Departs from the paper: bytes of books, two layers, one head, which grows with the width; the weights of the output are
+Departs from the paper: bytes of books, one layer, one head, which grows with the width; the weights of the output are
 the embedding's; queries do not begin at zero; a coordinate's change is from its first value.
 
 A grid of runs, each resumed exactly, under any strategy; `sbatch --array` deals them (dltrain/grid.py). Measured:
@@ -30,23 +30,23 @@ class Config(dltrain.Config):
     text: int = 1 << 24  # bytes of the training text; 0: all
     unseen: int = 512  # held-out rows
     widths: tuple[int, ...] = (64, 512)
-    exponents: tuple[int, ...] = (-11, -10, -9, -8, -7, -6, -5, -4)  # learning rates, peak: powers of two
+    exponents: tuple[int, ...] = (-14, -13, -12, -11, -10, -9, -8)  # learning rates, peak: powers of two
     parametrisation: Parametrisation = "muP"  # of one run
     lr: float = 0.0  # of one run
     base_width: int = 64  # muP's
     checked: tuple[int, ...] = (64, 128, 256, 512, 1024)  # widths of the coordinate check
     check_exponent: int = -9  # its learning rate
     row: int = 32  # tokens
-    batch: int = 8
-    layers: int = 2
+    batch: int = 4
+    layers: int = 1
     heads: int = 1
 
 
 PRESETS = {
-    "claim": Config(steps=60, log_every=20),
+    "claim": Config(steps=150, log_every=50),
     "debug": Config(
-        data="embedded:topics", unseen=16, widths=(8, 16), exponents=(-8, -5), base_width=8, checked=(8, 16, 32), row=16,
-        steps=4, lanes=4, log_every=2, save_every=2,
+        data="embedded:topics", unseen=16, widths=(8, 16), exponents=(-8, -5), base_width=8, checked=(8, 16, 32),
+        row=16, batch=8, steps=4, lanes=4, log_every=2, save_every=2,
     ),
     "gpu": Config(
         steps=1000, text=0, unseen=4096, widths=(128, 512, 2048), base_width=128, row=256, batch=64, heads=4, layers=4,
@@ -62,6 +62,7 @@ if __name__ == "__main__":
     dltrain.answer_help(Config, PRESETS)  # before torch is imported, which takes over a second
 
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -128,13 +129,21 @@ def coordinates(cfg: Config, width: int, steps: int = 4) -> dict[str, float]:
     torch.manual_seed(key("coordinates", cfg.seed))
     task = Predict(cfg, width)
     optimizer, index_B = optimizer_of(cfg, width)(task), np.arange(cfg.batch) * cfg.row
-    batch, now, first = rows_of(cfg)[0].batch(np.zeros_like(index_B), index_B), {}, {}
-    for name, module in (("attention", task.model.layers[-1].out), ("mlp", task.model.layers[-1].down)):
-        module.register_forward_hook(lambda module, inputs, output, name=name: now.update({name: output.detach()}))
+    batch = rows_of(cfg)[0].batch(np.zeros_like(index_B), index_B)
+    now: dict[str, Tensor] = {}
+    first: dict[str, Tensor] = {}
+
+    def note(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        now[name] = output.detach()
+
+    for name, part in (("attention", "out"), ("mlp", "down")):
+        module = task.model.get_submodule(f"layers.{cfg.layers - 1}.{part}")
+        module.register_forward_hook(partial(note, name))
+    task.model.register_forward_hook(partial(note, "logits"))
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"]
     for step in range(steps + 1):
-        now["logits"] = task.model(batch["ids_BL"]).detach()
+        task.model(batch["ids_BL"])
         first = first or dict(now)
         if step < steps:
             optimizer.zero_grad()

@@ -109,5 +109,7 @@ def test_weights_of_another_model_are_refused_and_another_dropout_is_not(tmp_pat
 def test_what_is_no_gpt2_is_not_exported():
     with pytest.raises(UserError, match="no GPT-2"):
         to_huggingface(Gpt(replace(SMALL, post_norm=True)).state_dict(), replace(SMALL, post_norm=True))
+    with pytest.raises(UserError, match="muP has multipliers"):
+        to_huggingface(Gpt(SMALL).state_dict(), replace(SMALL, base_width=8))
     with pytest.raises(UserError, match=r"position\.weight has shape \(12, 16\)"):
         to_huggingface(model_of(SMALL).state_dict(), replace(SMALL, positions=13))

@@ -141,6 +141,7 @@ class Resumable(World):
 
     def save(self) -> None:
         """Publish a checkpoint of the step just done; with save_async, training goes on while it is written."""
+        self.speed.mark("rest")
         self.settle()
         self.log.flush()
         folder = Path(self.cfg.out) / "checkpoints"
@@ -168,6 +169,7 @@ class Resumable(World):
             background=self.cfg.save_async, check=self.fence.check if self.fence else lambda: None, token=self.token,
         )  # fmt: skip
         self.speed.saved = time.monotonic()
+        self.speed.mark("checkpoint")
 
     def weights(self) -> dict[str, Tensor]:
         """The newest checkpoint's whole weights by parameter name, on the CPU."""

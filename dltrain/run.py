@@ -14,7 +14,6 @@ The only object that knows a rank. A loop is the recipe's own; these verbs make 
 
 import contextlib
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -30,6 +29,7 @@ from dltrain.data.order import Order, Ordering
 from dltrain.data.ramp import Ramp
 from dltrain.doctor.doctor import Doctor
 from dltrain.errors import UserError
+from dltrain.flops import Work
 from dltrain.lanes import all_gather
 from dltrain.models.batch_norm import Statistics
 from dltrain.resume import Resumable

@@ -82,7 +82,7 @@ from dltrain.data.corpus import tokenised
 from dltrain.data.order import split
 from dltrain.data.sentences import FullSentences, MaskedRow, SentencePairs, collate, short_sentences
 from dltrain.data.text import TokenStore
-from dltrain.flops import Work, count
+from dltrain.flops import Work
 from dltrain.models import cloze
 from dltrain.models.bert import BertConfig, BertPretraining
 from dltrain.models.exchange import to_huggingface, weights_for, write_huggingface
@@ -212,7 +212,7 @@ def main(cfg: Config) -> None:
         return dltrain.checklist(cfg, does.task, does.optimizer, schedule, rows, chance=chance, decode=rows.decode)
     with dltrain.Run(cfg) as run:
         rows, unseen = run.everywhere(lambda: data(cfg))
-        run.measure(count(does, cfg.batch).full, does.tokens)
+        run.measure(does)
         start = (lambda: weights_for(model_config(cfg), cfg.init, prefix="model.")) if cfg.init else None
         task, optimizer = run.prepare(does.task, does.optimizer, start)
         means = dltrain.fit(run, task, optimizer, schedule, run.batches(rows), evals={"eval": unseen})

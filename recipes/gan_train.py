@@ -75,7 +75,7 @@ from dltrain.data.images import ImageRows, blank
 from dltrain.data.ring import RingRows, densities, modes, sliced_wasserstein
 from dltrain.data.sheet import contact_sheet
 from dltrain.errors import UserError
-from dltrain.flops import Work, count
+from dltrain.flops import Work
 from dltrain.models.gan import ImageCritic, ImageGenerator, PointCritic, PointGenerator
 from dltrain.optim import Builder, take_turns
 from dltrain.report import conclude
@@ -200,7 +200,7 @@ def main(cfg: Config) -> None:
         if run.cfg.strategy.startswith("zero") or cfg.lanes == 0:
             raise run.alike(UserError("two players take turns: not under zero1 to zero3, nor with --lanes 0; use ddp"))
         rows, does = run.everywhere(lambda: rows_of(cfg)), work(cfg)
-        run.measure(count(does, cfg.batch).full, does.tokens)
+        run.measure(does)
         players, optimizer = run.prepare(does.task, does.optimizer)
         index_N, fakes = np.arange(min(4096, len(rows))), dict[str, Tensor]()
         known, data = rows.batch(np.zeros_like(index_N), index_N), run.batches(rows)

@@ -20,6 +20,7 @@ import itertools
 import math
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +98,11 @@ from dltrain.claim import Figure, judge, logged
 from dltrain.data.corpus import shards_of, tokenizer_of
 from dltrain.data.on_the_fly import TextShards
 from dltrain.data.order import split
-from dltrain.data.token_rows import TokenRows
+from dltrain.data.token_rows import TokenRows, blank
 from dltrain.data.tokens import TokenShards
 from dltrain.data.windows import Windows
 from dltrain.errors import UserError
-from dltrain.flops import Work, count
+from dltrain.flops import Work
 from dltrain.models.exchange import write_huggingface
 from dltrain.models.gpt import Gpt, GptConfig, generate
 from dltrain.models.gpt_exchange import to_huggingface, weights_for
@@ -216,9 +217,8 @@ def start(cfg: Config) -> dict[str, Tensor]:
 
 def work(cfg: Config) -> Work:
     optimizer_of = adamw(cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8, decay=cfg.decay)
-    zeros = torch.zeros(1, cfg.row, dtype=torch.int64)
-    row = {name: zeros for name in ("ids_BL", "targets_BL", "documents_BL", "positions_BL")}
-    return Work(lambda: PretrainGpt(model_config(cfg), cfg.pack), optimizer_of, row, tokens=cfg.row, causal=True)
+    task = partial(PretrainGpt, model_config(cfg), cfg.pack)
+    return Work(task, optimizer_of, blank(cfg.row), tokens=cfg.row, causal=True)
 
 
 def main(cfg: Config) -> None:
@@ -231,7 +231,7 @@ def main(cfg: Config) -> None:
         )  # fmt: skip
     with dltrain.Run(cfg) as run:
         _, rows, unseen = run.everywhere(lambda: data(cfg))
-        run.measure(count(does, cfg.batch).full, does.tokens)
+        run.measure(does)
         task, optimizer = run.prepare(does.task, does.optimizer, (lambda: start(cfg)) if cfg.init else None)
         means = dltrain.fit(run, task, optimizer, schedule, run.batches(rows), evals={"eval": unseen})
         if means:  # none if the run was done before

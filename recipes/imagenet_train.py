@@ -122,7 +122,7 @@ from dltrain.data.images import ImageRows, blank
 from dltrain.data.rand_augment import rand_augment
 from dltrain.data.sheet import filter_sheet
 from dltrain.errors import UserError
-from dltrain.flops import Work, count
+from dltrain.flops import Work
 from dltrain.models.image import image_model
 from dltrain.models.speedrun import whitening
 from dltrain.optim import Builder, lars, sgd
@@ -205,7 +205,7 @@ def main(cfg: Config) -> None:
         if run.cfg.strategy.startswith("zero") and (cfg.average or cfg.optimizer == "lars"):
             raise run.alike(UserError("--average and --optimizer lars need whole tensors: not under zero1 to zero3"))
         rows, evals = run.everywhere(lambda: rows_of(cfg))
-        run.measure(count(does, cfg.batch).full, does.tokens)
+        run.measure(does)
         whiten = partial(first_layer, cfg, rows) if cfg.model == "speedrun" else None
         task, optimizer = run.prepare(does.task, does.optimizer, whiten)
         means = dltrain.fit(run, task, optimizer, schedule, run.batches(rows), evals)

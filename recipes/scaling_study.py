@@ -34,10 +34,10 @@ class Config(dltrain.Config):
     data: str = ""  # folder of train.jsonl.gz and valid.jsonl.gz, by default $DLTRAIN_DATA/gutenberg-en; or shards
     text: int = 1 << 24  # bytes of the training text; 0: all
     unseen: int = 2048  # held-out rows, from all over the held-out text
-    widths: tuple[int, ...] = (8, 12, 16, 24, 32, 48)
+    widths: tuple[int, ...] = (8, 12, 16, 24, 32, 40)
     budgets: tuple[float, ...] = (1.2e10, 3.6e10, 1.1e11, 3.3e11)  # FLOPs, 6 N D
     ratio: tuple[float, float] = (10, 150)  # D / N: of a budget those widths are trained for which it lies between
-    left_out: tuple[int, float] = (64, 6.6e11)  # width and FLOPs of the run that the others predict; 0 0: none
+    left_out: tuple[int, float] = (64, 1e12)  # width and FLOPs of the run that the others predict; 0 0: none
     weaker: tuple[int, ...] = (12, 24)  # widths that are also trained without attention, and without positions
     architecture: Architecture = "gpt"  # of one run
     row: int = 64  # tokens
@@ -82,11 +82,13 @@ from torch import Tensor, nn
 from dltrain import checkpoint, rundir
 from dltrain.claim import Figure, judge, logged
 from dltrain.data.byte_text import VOCAB, byte_windows
+from dltrain.data.token_rows import blank
 from dltrain.data.windows import Windows
 from dltrain.errors import UserError
+from dltrain.flops import Work
 from dltrain.grid import Cell, grid, table
 from dltrain.launch import detect
-from dltrain.models.gpt import Gpt, GptConfig, flops_per_row
+from dltrain.models.gpt import Gpt, GptConfig
 from dltrain.optim import adamw
 from dltrain.scaling import Points, critical_batch, read_points
 from dltrain.scaling_report import PLOTS, fitted
@@ -143,7 +145,7 @@ def train(cfg: Config, width: int) -> None:
         )
     with dltrain.Run(cfg) as run:
         rows, unseen = run.everywhere(lambda: rows_of(cfg))
-        run.measure(flops_per_row(model_config(cfg, width), cfg.row), cfg.row)
+        run.measure(Work(build, optimizer_of, blank(cfg.row), tokens=cfg.row, causal=True))
         task, optimizer = run.prepare(build, optimizer_of)
         dltrain.fit(run, task, optimizer, schedule, run.batches(rows), evals={"eval": unseen})
 

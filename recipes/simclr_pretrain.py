@@ -86,7 +86,7 @@ from dltrain.data.shards import Shards
 from dltrain.data.sheet import contact_sheet
 from dltrain.data.views import CroppedRows, ViewRows, blur, colour_jitter, greyscale, view_seed
 from dltrain.errors import UserError
-from dltrain.flops import Work, count
+from dltrain.flops import Work
 from dltrain.models.image import image_model
 from dltrain.models.simclr import ProjectionHead, nt_xent
 from dltrain.optim import adamw, lars
@@ -187,7 +187,7 @@ def main(cfg: Config) -> None:
             raise run.alike(UserError("--optimizer lars needs whole tensors: not under zero1 to zero3; use ddp"))
         rows, learn, unseen = run.everywhere(lambda: rows_of(cfg))
         does = work(cfg)
-        run.measure(count(does, cfg.batch).full, does.tokens)
+        run.measure(does)
         task, optimizer = run.prepare(does.task, does.optimizer)
         data, schedule = run.batches(rows), cosine(cfg.warmup, cfg.steps)
         objective, picture = partial(nt_xent, temperature=cfg.temperature), b""

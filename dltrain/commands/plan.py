@@ -9,7 +9,6 @@ from dltrain.errors import UserError
 from dltrain.meter import duration, human
 from dltrain.plan.machines import MACHINES, machine
 from dltrain.plan.plan import Plan, fit, plan
-from dltrain.progress import track
 
 ABOUT = """Memory, time and failures of a recipe on a machine; all other arguments are the recipe's own:
 dltrain plan recipes/gpt_pretrain.py gpt3-xl --world 64 --gpu h100 --strategy fsdp"""
@@ -42,7 +41,7 @@ def main(argv: list[str]) -> None:
     if asked.scaling:
         from dltrain.plan.scaling import draw
 
-        print(draw(Path(asked.scaling), track))
+        print(draw(Path(asked.scaling)))
 
 
 def _gib(size: float) -> str:

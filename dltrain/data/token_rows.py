@@ -115,6 +115,13 @@ class TokenRows:
         return Pieces(pieces.row_P, self._chosen[pieces.document_P], pieces.start_P, pieces.stop_P)
 
 
+def blank(row: int) -> dict[str, torch.Tensor]:
+    """A batch of one row of padding, by the names of `TokenRows.batch`."""
+    found = {name: torch.zeros(1, row, dtype=torch.int64) for name in ("ids_BL", "positions_BL")}
+    found |= {"targets_BL": torch.full((1, row), -100), "documents_BL": torch.full((1, row), -1, dtype=torch.int32)}
+    return found | {"count": torch.tensor(0)}
+
+
 class _Filling:
     """Rows of a micro-batch, filled one after the other: lists of what is put end to end at last."""
 

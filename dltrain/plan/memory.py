@@ -147,9 +147,7 @@ def _zero(found: list[Size], buffers: int, cfg: Config, place: Place) -> Lasting
     return Lasting(whole + partition, gradients, state, buffers)
 
 
-def memory(
-    found: list[Size], buffers: int, cfg: Config, place: Place, step: Trace, gpu: bool = True
-) -> Memory:
+def memory(found: list[Size], buffers: int, cfg: Config, place: Place, step: Trace, gpu: bool = True) -> Memory:
     """The most that a rank holds in a step: in the backward of its last lane, when the activations are alive, in the
     exchange that follows, when they are gone, or in the update."""
     held = lasting(found, buffers, cfg, place)

@@ -75,7 +75,7 @@ def step(found: list[Size], cfg: Config, place: Place, machine: Machine, trace: 
         way = ring if cfg.lanes == 0 or cfg.strategy == "zero3" else all_to_all
         reduce = here * _each(way, 4 * elements, shards, machine, exchanges)
         sent += here * 4 * elements * (shards - 1) / shards
-        if W > shards:
+        if shards < W:
             reduce += here * ring(4 * elements / shards * (W // shards), W, machine)
             sent += here * 4 * elements / shards * (W // shards - 1)
     elif W > 1:

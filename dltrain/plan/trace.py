@@ -48,8 +48,7 @@ FORMULAS = flop_registry | {
     linear_cross_entropy.rows_forward.overloadpacket: _logits,
     linear_cross_entropy.rows_backward.overloadpacket: lambda grad, *rest, **_: _logits(*rest),
 }
-VIEWS = {f"aten::{op}" for op in "view _unsafe_view t transpose expand detach permute slice select unsqueeze split unbind "
-         "alias as_strided squeeze".split()}  # fmt: skip
+VIEWS = {f"aten::{op}" for op in ["view", "_unsafe_view", "t", "transpose", "expand", "detach", "permute", "slice", "select", "unsqueeze", "split", "unbind", "alias", "as_strided", "squeeze"]}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,9 @@ class _Watch(TorchDispatchMode):
             self._see(x)
         if func._schema.name in VIEWS or func.namespace == "prim":
             return out
-        used = {id(x.untyped_storage()): x for x in (*tree_iter(args), *tree_iter(kwargs or {})) if isinstance(x, Tensor)}
+        used = {
+            id(x.untyped_storage()): x for x in (*tree_iter(args), *tree_iter(kwargs or {})) if isinstance(x, Tensor)
+        }
         moved = sum(x.nbytes for x in (*used.values(), *made))
         formula = FORMULAS.get(func._overloadpacket)
         flops = float(formula(*args, **(kwargs or {}), out_val=out)) if formula else 0.0

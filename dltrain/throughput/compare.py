@@ -45,7 +45,6 @@ def drive_ours(player: Player, load: Workload, rows: Watched, out: str) -> None:
 
     with Run(settings(load, out)) as run:
         run.doctor.stop()  # who would take the others' turns for a hang
-        run.measure(0.0, load.per_row if load.unit == "tokens" else 0)
         player.module, player.optimizer = run.prepare(load.task, load.optimizer)
         fit(run, player.module, player.optimizer, schedule, run.batches(rows))
 

@@ -71,11 +71,13 @@ from torch import Tensor, nn
 
 from dltrain.claim import Figure, judge, logged
 from dltrain.data.byte_text import VOCAB, byte_windows
+from dltrain.data.token_rows import blank
 from dltrain.data.windows import Windows
 from dltrain.errors import UserError
+from dltrain.flops import Work
 from dltrain.grid import grid, table
 from dltrain.launch import detect
-from dltrain.models.gpt import Gpt, GptConfig, flops_per_row
+from dltrain.models.gpt import Gpt, GptConfig
 from dltrain.optim import Builder, adamw
 from dltrain.plot import curves
 from dltrain.scaling import power_law
@@ -118,8 +120,9 @@ def train(cfg: Config, width: int) -> None:
     """One run, from the first step to the last."""
     with dltrain.Run(cfg) as run:
         rows, unseen = run.everywhere(lambda: rows_of(cfg))
-        run.measure(flops_per_row(model_config(cfg, width), cfg.row), cfg.row)
-        task, optimizer = run.prepare(lambda: Predict(cfg, width), optimizer_of(cfg, width))
+        does = Work(lambda: Predict(cfg, width), optimizer_of(cfg, width), blank(cfg.row), tokens=cfg.row, causal=True)
+        run.measure(does)
+        task, optimizer = run.prepare(does.task, does.optimizer)
         schedule = cosine(max(1, cfg.steps // 10), cfg.steps, 0.1)
         dltrain.fit(run, task, optimizer, schedule, run.batches(rows), evals={"eval": unseen})
 

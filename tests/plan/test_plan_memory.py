@@ -1,9 +1,5 @@
 """Bytes that last, to the byte as real processes hold them; the peak against a real process's memory (a minute)."""
 
-import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +10,7 @@ import worlds
 from dltrain import flops
 from dltrain.optim import adamw
 from dltrain.plan.memory import Place, lasting, sizes
-from dltrain.recipes import gpt_pretrain as gpt
 from dltrain.strategy import _local as local
-
-
 
 
 def work() -> flops.Work:

@@ -103,7 +103,7 @@ def _kind(unit: nn.Module) -> tuple[str, ...]:
 
 
 class _Counter(TorchDispatchMode):
-    """As FlopCounterMode, by the formulas of its registry, without its tree of modules, which takes most of its time."""
+    """As FlopCounterMode, by its formulas, without its tree of modules, which takes most of its time."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -76,8 +76,8 @@ class Log(NullLog):
 
     def speed(self, step: int, values: Values) -> None:
         """The same for speed.jsonl, with the time (seconds since 1970): tokens_per_second, step_seconds, data_wait
-        (fraction of the step), memory_gib, mfu (fraction; absent on unknown hardware), checkpoint_age_seconds,
-        eta_seconds."""
+        (fraction of the step), PHASE_seconds (`speed.PHASES`; they add up to the step), memory_gib, mfu, mfu_6n and hfu
+        (fractions; `flops.Flops`; absent on unknown hardware), checkpoint_age_seconds, eta_seconds."""
         self._append(self._speed, {"step": step, **values, "time": round(time.time(), 3)})
         self._plot(step, {f"speed/{key}": value for key, value in values.items()})
 

@@ -248,7 +248,7 @@ class Run(Resumable):
         return torch.where(good, norm.to(self.device), torch.nan)  # no more of a bad step than the record knows
 
     def gather_lanes(self, mine: list[Tensor]) -> Tensor:
-        """A tensor for each of this process's lanes, all of one shape -> [lanes, ...]: all lanes', in order, everywhere."""
+        """A tensor for each of the own lanes, all of one shape -> [lanes, ...]: all of them, in order, everywhere."""
         n, world = self.strategy.lanes, self.me.world
         here = torch.stack(mine)
         if world == 1:

@@ -10,7 +10,7 @@ from dltrain.flops import Flops, Work, count
 from dltrain.meter import mfu, peak_flops
 
 # communication: exchanges after backward; those of sharded weights are inside of forward and backward. rest: the host's
-PHASES = ("data", "forward", "backward", "communication", "optimizer", "checkpoint", "rest")
+PHASES: tuple[str, ...] = ("data", "forward", "backward", "communication", "optimizer", "checkpoint", "rest")
 
 
 class Phases:
@@ -25,7 +25,7 @@ class Phases:
 
     def begin(self) -> None:
         """A window begins."""
-        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._events: list[tuple[str, torch.cuda.Event]] = []
         self._last = time.perf_counter()
         if self.cuda:

@@ -54,8 +54,8 @@ PRESETS = {
         log_every=1, save_every=5, eval_every=5,
     ),
     "claim": Config(
-        objective="roberta", tokenizer_kind="bpe", vocab=128, held_out=0.01, steps=1000, batch=64, row=16, width=64,
-        heads=4, lr=4e-3, warmup=100, log_every=100, eval_every=250,
+        seed=40, objective="roberta", tokenizer_kind="bpe", vocab=128, held_out=0.01, steps=1000, batch=64, row=16,
+        width=64, heads=4, lr=4e-3, warmup=100, log_every=100, eval_every=250,
     ),
     "gpu": replace(
         BASE, shards="books/*.tar", steps=6000, micro_batch=128, row=128, lr=4e-4, warmup=600, held_out=0.02,

@@ -243,7 +243,9 @@ def claim(cfg: Config) -> None:
         Figure("CartPole's return, of 500", returns["replay"], paper="none", least=450, of="median"),
         Figure("the same minus that of the latest transitions alone", gain, paper="positive", least=200, of="median"),
     ]
-    judge(cfg, figures, tuned_on=(0, 1, 2, 3, 10, 11, 12), pictures=[Path(cfg.out) / f"replay-{cfg.seed}" / "episode.gif"])
+    judge(
+        cfg, figures, tuned_on=(0, 1, 2, 3, 10, 11, 12), pictures=[Path(cfg.out) / f"replay-{cfg.seed}" / "episode.gif"]
+    )
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ DCGAN = replace(IMAGES, objective="gan", critic_steps=1, lr=2e-4, beta2=0.999, l
 LSUN = {"shards": "lsun-*.tar", "size": 64}
 PRESETS = {
     "debug": Config(steps=12, batch=24, lanes=4, width=16, penalty=0.1, log_every=1, eval_every=6, save_every=6),
-    "claim": Config(steps=7200, penalty=0.1, log_every=240, eval_every=240),
+    "claim": Config(seed=2, steps=7200, penalty=0.1, log_every=240, eval_every=240),
     "gpu": replace(IMAGES, steps=48_000, eval_every=6000),
     "paper": replace(IMAGES, steps=1_200_000),  # the authors' CIFAR-10 code: 200,000 turns of the generator
     "mnist": replace(DCGAN, shards="published:mnist/train", width=16, average=0.99, steps=5000, eval_every=1000),

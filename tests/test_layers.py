@@ -14,14 +14,14 @@ LAYERS = """
 bench
 recipes
 __main__
-commands report debug prove claim grid plot chaos scaling scaling_report throughput
+commands report debug prove claim grid plot chaos scaling scaling_report throughput plan
 convert
 loop
 evaluation probe coupled
 run
 resume
 world damage replicas | doctor | replay
-strategy heal guard gate skipped zero lanes initial checkpoint log rundir fence speed signals meter launch slurm config
+strategy heal guard gate skipped zero lanes initial checkpoint log rundir fence speed flops signals meter launch slurm config
 data | models | optim schedules average | environments
 ops
 kernels | tokenizers

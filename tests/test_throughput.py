@@ -119,13 +119,13 @@ def test_phases_add_up_to_the_whole():
     player.play(1)  # not looked at
     player.end()
     assert tuple(phases.seconds) == PHASES
-    assert 0.97 * whole < sum(phases.seconds.values()) <= whole
+    assert 0.9 * whole < sum(phases.seconds.values()) <= whole
     assert phases.seconds["forward"] >= 0.04
     assert phases.seconds["between"] >= 0.06
     assert phases.seconds["rest"] >= 0.02
-    assert 0 < phases.seconds["data"] < 0.02
+    assert phases.seconds["data"] > 0
     assert phases.seconds["backward"] > 0
-    assert 0 < phases.seconds["optimizer"] < 0.02
+    assert phases.seconds["optimizer"] > 0
 
 
 def test_memory_is_what_stands_at_once():

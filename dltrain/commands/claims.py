@@ -4,7 +4,6 @@ recipes/results/RECIPE.json is the claim.json of the last time (see dltrain.clai
 """
 
 import argparse
-import importlib
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dltrain import rundir
+from dltrain.commands.trained import recipe_of, recipes
 from dltrain.errors import UserError
 
 BEGIN, END = "<!-- dltrain claims writes from here -->", "<!-- to here -->"
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     """`dltrain claims ARGV`. UserError for a mistake; exits with 1 where a claim is not shown, or its run failed."""
     parser = argparse.ArgumentParser("dltrain claims", description=ABOUT)
     parser.add_argument("recipe", nargs="*", help="by default all that have the preset claim")
-    parser.add_argument("--seed", type=int, default=0, help="the first seed, 0 by default; the others follow")
+    parser.add_argument("--seed", type=int, default=0, help="added to every seed; 0 by default")
     args = parser.parse_args(argv)
     folder = recipes()
     known = with_claims(folder)
@@ -44,19 +44,14 @@ def main(argv: list[str]) -> None:
         sys.exit(1)
 
 
-def recipes() -> Path:
-    """The folder of the recipes, links resolved."""
-    return Path(importlib.import_module("dltrain.recipes").__path__[0]).resolve()
-
-
 def with_claims(folder: Path) -> dict[str, Path]:
     """The recipes below `folder` that have a preset "claim", by name."""
     return {p.stem: p for p in sorted(folder.rglob("*.py")) if "def claim(" in p.read_text()}
 
 
-def measure(folder: Path, recipe: Path, seed: int, source: dict[str, Any]) -> bool:
+def measure(folder: Path, recipe: Path, shift: int, source: dict[str, Any]) -> bool:
     """Run the claim and keep its record, shown or not; False where it is not shown, or there is none."""
-    now = datetime.now(UTC)
+    now, seed = datetime.now(UTC), recipe_of(str(recipe)).PRESETS["claim"].seed + shift
     out = Path("runs/claims") / f"{recipe.stem}-{seed}-{now:%Y%m%dT%H%M%S}"
     command = [sys.executable, str(recipe), "claim", "--seed", str(seed), "--out", str(out)]
     path = os.pathsep.join([str(folder.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -67,7 +62,7 @@ def measure(folder: Path, recipe: Path, seed: int, source: dict[str, Any]) -> bo
     if code not in (0, 1) or not (out / "claim.json").exists():
         print(f"{recipe.stem}: exit code {code} and no figures", file=sys.stderr)
         return False
-    asked = f"dltrain claims {recipe.stem}" + (f" --seed {seed}" if seed else "")
+    asked = f"dltrain claims {recipe.stem}" + (f" --seed {shift}" if shift else "")
     about = {"command": asked, "date": f"{now:%Y-%m-%d}", "seconds": seconds}
     record = about | rundir.read_json(out / "claim.json")
     record["environment"] |= source

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from dltrain import config
-from dltrain.commands.submit import recipe_of
+from dltrain.commands.trained import recipe_of
 from dltrain.errors import UserError
 from dltrain.meter import duration, human
 from dltrain.plan.machines import MACHINES, machine
@@ -74,8 +74,8 @@ def page(p: Plan, price: float = 0.0, epoch: float = 0.0) -> str:
         "",
         "A step (predicted; what of the peaks is reached is assumed: docs/plan.md)",
         f"  {human(needed)} FLOPs a {unit}; {human(s.sent)}B sent by a rank",
-        f"  {s.seconds:.3f} s: compute {s.compute:.3f}, waiting for others {s.exposed:.3f} (of {s.gather:.3f} for weights "
-        f"and {s.reduce:.3f} for gradients), update {s.update:.3f}",
+        f"  {s.seconds:.3f} s: compute {s.compute:.3f}, waiting for others {s.exposed:.3f} "
+        f"(of {s.gather:.3f} for weights and {s.reduce:.3f} for gradients), update {s.update:.3f}",
         f"  {human(rate)} {unit}s/s, {human(rate / p.place.world)} a GPU; MFU {p.used(p.flops.needed):.1%}, "
         + (f"by 6 N {p.used(p.flops.by_parameters):.1%}, " if tokens else "")
         + f"HFU {p.used(p.flops.run):.1%}",

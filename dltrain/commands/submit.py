@@ -6,7 +6,6 @@ refused here, everything at once. The job is slurm/train.sbatch with its options
 
 import argparse
 import dataclasses
-import importlib.util
 import os
 import re
 import shlex
@@ -18,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 from dltrain import config, rundir
-from dltrain.commands.claims import recipes
+from dltrain.commands.trained import recipe_of, recipes
 from dltrain.data.urls import expand, scheme
 from dltrain.errors import UserError
 
@@ -45,6 +44,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="any other option: --sbatch=--mem=0"
     )
+    parser.add_argument("--gpu", default="", help="its kind, of dltrain plan's: what does not fit into one is refused")
     parser.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
     asked, command = parser.parse_known_args(argv)
     asked.tasks = asked.tasks or asked.gpus or 1
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     )
     cfg = dataclasses.replace(cfg, out=str(Path(cfg.out).absolute()))
     text = script(asked, command, Path(cfg.out))
-    found = [*_unfit(cfg, asked), *_data(cfg), *_unwritable(Path(cfg.out))]
+    found = [*(_unfit(cfg, asked) or _too_large(recipe, cfg, asked)), *_data(cfg), *_unwritable(Path(cfg.out))]
     if shutil.which("sbatch"):
         found += _partition(asked) or _refused(text)
     elif not asked.dry_run:
@@ -74,20 +74,6 @@ def main(argv: list[str]) -> None:
         raise UserError(f"sbatch {path}: {done.stderr.strip()}")
     job = done.stdout.strip().split(";")[0]
     print(f"job {job}: {asked.nodes} x {asked.tasks} processes; tail -F {path.parent}/slurm-{job}.out")
-
-
-def recipe_of(name: str) -> ModuleType:
-    """The module of a recipe's file. UserError where there is none, or no recipe in it."""
-    path = Path(name)
-    if not path.is_file():
-        raise UserError(f"{name}: no such recipe; give its path, such as recipes/bert_pretrain.py")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec and spec.loader
-    sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not (hasattr(module, "Config") and hasattr(module, "PRESETS")):
-        raise UserError(f"{name} is no recipe: it has no Config and PRESETS")
-    return module
 
 
 def script(asked: argparse.Namespace, command: list[str], out: Path) -> str:
@@ -127,6 +113,20 @@ def _unfit(cfg: config.Settings, asked: argparse.Namespace) -> list[str]:
     try:
         known = rundir.read_json(before)["config"] if before.exists() else {}
         config.settle(cfg, asked.nodes * asked.tasks, asked.tasks, known)
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def _too_large(recipe: ModuleType, cfg: config.Settings, asked: argparse.Namespace) -> list[str]:
+    """What the planner says of memory, where it knows the GPU."""
+    if not asked.gpu or not isinstance(cfg, config.Config):
+        return []
+    from dltrain.plan.machines import machine
+    from dltrain.plan.plan import plan, refuse
+
+    try:
+        refuse(plan(recipe, cfg, asked.nodes * asked.tasks, dataclasses.replace(machine(asked.gpu), node=asked.tasks)))
     except UserError as error:
         return [str(error)]
     return []

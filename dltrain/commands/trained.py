@@ -1,6 +1,7 @@
-"""A run directory -> what it trained: its recipe, its configuration and its newest weights."""
+"""Recipes by their path; and a run directory -> what it trained: its recipe, its configuration, its newest weights."""
 
 import importlib
+import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,25 @@ from torch import Tensor
 from dltrain import checkpoint, rundir
 from dltrain.config import Config, dress
 from dltrain.errors import UserError
+
+
+def recipes() -> Path:
+    """The folder of the recipes, links resolved."""
+    return Path(importlib.import_module("dltrain.recipes").__path__[0]).resolve()
+
+
+def recipe_of(name: str) -> ModuleType:
+    """The module of a recipe's file. UserError where there is none, or no recipe in it."""
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"{name}: no such recipe; give its path, such as recipes/bert_pretrain.py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not (hasattr(module, "Config") and hasattr(module, "PRESETS")):
+        raise UserError(f"{name} is no recipe: it has no Config and PRESETS")
+    return module
 
 
 def trained(run: Path, verb: str) -> tuple[ModuleType, Config, dict[str, Tensor]]:

@@ -10,7 +10,7 @@ from dltrain.errors import UserError
 from dltrain.flops import Flops, Work, count
 from dltrain.meter import human
 from dltrain.plan.machines import Machine
-from dltrain.plan.memory import Memory, Place, memory, sizes
+from dltrain.plan.memory import Memory, Place, Size, memory, sizes
 from dltrain.plan.time import DISK, Failures, Step, failures, step
 from dltrain.plan.trace import Trace, trace
 
@@ -66,11 +66,25 @@ def plan(recipe: Any, cfg: Config, world: int, machine: Machine) -> Plan:
         raise UserError("; ".join(found))
     work = recipe.work(cfg)
     rows = cfg.micro_batch or cfg.batch // (cfg.lanes or world)
-    return _planned(cfg, Place(world, local), machine, work, trace(work, cfg, rows, machine), rows)
+    return _planned(cfg, Place(world, local), machine, Known.of(work, cfg), trace(work, cfg, rows, machine), rows)
 
 
-def _planned(cfg: Config, place: Place, machine: Machine, work: Work, traced: Trace, rows: int) -> Plan:
-    found, buffers = sizes(work)
+@dataclass(frozen=True)
+class Known:
+    """What does not depend on machine, strategy or micro-batch."""
+
+    work: Work
+    flops: Flops
+    sizes: list[Size]
+    buffers: int
+
+    @classmethod
+    def of(cls, work: Work, cfg: Config) -> "Known":
+        return cls(work, count(work, cfg.batch, cfg.remat), *sizes(work))
+
+
+def _planned(cfg: Config, place: Place, machine: Machine, known: Known, traced: Trace, rows: int) -> Plan:
+    found, buffers = known.sizes, known.buffers
     taken = memory(found, buffers, cfg, place, traced)
     spent = step(found, cfg, place, machine, traced, rows)
     stored = sum((4 + size.moments) * size.elements + size.scalars for size in found) + buffers
@@ -78,7 +92,7 @@ def _planned(cfg: Config, place: Place, machine: Machine, work: Work, traced: Tr
     total = cfg.steps * spent.seconds
     parameters = sum(size.elements for size in found)
     return Plan(
-        cfg, place, machine, work, parameters, count(work, rows, cfg.remat), traced, taken, spent, save, stored,
+        cfg, place, machine, known.work, parameters, known.flops, traced, taken, spent, save, stored,
         failures(place.world, total, save),
     )  # fmt: skip
 
@@ -101,6 +115,7 @@ def fit(recipe: Any, cfg: Config, world: int, machine: Machine) -> list[Plan]:
     for again in ("none", "selective", "full"):
         candidate = dataclasses.replace(cfg, remat=again)
         work = recipe.work(candidate)
+        known = Known.of(work, candidate)
         one, two = (trace(work, candidate, rows, machine) for rows in (1, 2)) if most > 1 else (None, None)
         for rows in [n for n in range(1, most + 1) if most % n == 0]:
             traced = _drawn_out(one, two, rows) if one and two else trace(work, candidate, rows, machine)
@@ -110,7 +125,7 @@ def fit(recipe: Any, cfg: Config, world: int, machine: Machine) -> list[Plan]:
                     asked, _ = config.settle(asked, world, min(world, machine.node), {}, {})
                 except UserError:
                     continue
-                planned = _planned(asked, Place(world, min(world, machine.node)), machine, work, traced, rows)
+                planned = _planned(asked, Place(world, min(world, machine.node)), machine, known, traced, rows)
                 if planned.fits:
                     fitting.append(planned)
     return sorted(fitting, key=lambda planned: planned.step.seconds)

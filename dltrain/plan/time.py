@@ -16,6 +16,7 @@ from dltrain.plan.memory import Place, Size
 from dltrain.plan.trace import Trace
 from dltrain.strategy import DTYPES
 
+HIDDEN = 0.9  # of communication beside computation: the rest slows it, sharing its memory and processors. Assumed
 DISK = 1e9  # bytes/s that a node writes of a checkpoint. Assumed
 RESTART = 300.0  # seconds from a failure to the next step. Assumed
 # Interruptions of Llama 3's training: 419 unexpected in 54 days of 16,384 GPUs (Dubey et al. 2024,
@@ -87,7 +88,8 @@ def step(found: list[Size], cfg: Config, place: Place, machine: Machine, trace: 
         exposed = reduce
     else:
         first = (gather / max(1, 2 * micros) + reduce / max(1, here)) / exchanges  # nothing runs beside the ends
-        exposed = max(first, gather + reduce - compute + first) if W > 1 else 0.0
+        overlapped = gather + reduce
+        exposed = first + max(overlapped - compute, (1 - HIDDEN) * overlapped) if W > 1 else 0.0
     mine = elements / max(1, shards if not cfg.strategy.startswith("zero") else W)
     update = 28 * mine / (machine.hbm * 0.85)  # AdamW reads and writes weight and moments, and reads the gradient
     return Step(compute, gather, reduce, exposed, update, sent, micros)

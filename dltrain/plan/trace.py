@@ -48,7 +48,10 @@ FORMULAS = flop_registry | {
     linear_cross_entropy.rows_forward.overloadpacket: _logits,
     linear_cross_entropy.rows_backward.overloadpacket: lambda grad, *rest, **_: _logits(*rest),
 }
-VIEWS = {f"aten::{op}" for op in ["view", "_unsafe_view", "t", "transpose", "expand", "detach", "permute", "slice", "select", "unsqueeze", "split", "unbind", "alias", "as_strided", "squeeze"]}  # fmt: skip
+_VIEWS = (
+    "view _unsafe_view t transpose expand detach permute slice select unsqueeze squeeze split unbind alias as_strided"
+)
+VIEWS = {f"aten::{name}" for name in _VIEWS.split()}
 
 
 @dataclass(frozen=True)

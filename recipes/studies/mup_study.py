@@ -12,8 +12,8 @@ width both are the same network.
 Departs from the paper: bytes of books, one layer, one head, which grows with the width; the weights of the output are
 the embedding's; queries do not begin at zero; a coordinate's change is from its first value.
 
-A grid of runs, each resumed exactly, under any strategy; `sbatch --array` deals them (dltrain/grid.py). Measured:
-recipes/README.md (settings and bounds were chosen on seed 100). `gpu` should show the same: not yet measured.
+A grid of runs, each resumed exactly, under any strategy; `sbatch --array` deals them (dltrain/grid.py). Measured: the
+coordinate check (docs/scaling.md). The sweep, and `gpu`, which should show the same, are not yet measured.
 """
 
 from dataclasses import dataclass, replace

@@ -86,6 +86,13 @@ def test_what_cannot_run_is_refused(shims, tmp_path, monkeypatch, argv, message)
     assert message in refused(*argv)
 
 
+def test_what_does_not_fit_is_refused(shims, tmp_path):
+    gpt, out = str(Path(RECIPE).with_name("gpt_pretrain.py")), str(tmp_path / "run")
+    asked = ("--gpu", "h100", "--tasks", "8", "--partition", "cpu", gpt, "gpt3-13b", "--out", out)
+    assert "of a h100's 80.0GB" in refused(*asked, "--strategy", "ddp")
+    assert "no machine 'h1000'" in refused("--gpu", "h1000", *asked[2:])
+
+
 def test_slurms_own_refusal_is_told(shims, tmp_path):
     (shims / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: Invalid account' >&2\nexit 1\n")
     assert "SLURM refuses it: Invalid account" in refused(RECIPE, "debug", "--out", str(tmp_path / "run"))

@@ -142,7 +142,8 @@ def test_a_batch_that_does_not_divide(tmp_path):
 
 
 def test_an_unknown_preset():
-    assert "no preset 'hugh' in bert_pretrain: choose one of tiny, debug, claim, gpu, paper, base, large" in refused("hugh")
+    said = refused("hugh")
+    assert "no preset 'hugh' in bert_pretrain: choose one of tiny, debug, claim, gpu, paper, base, large" in said
 
 
 def test_heads_that_do_not_divide(tmp_path):

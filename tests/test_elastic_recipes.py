@@ -1,5 +1,6 @@
-"""Processes come and go, under one strategy or another, in the middle of an epoch: the bits of one process throughout."""
+"""Processes come and go in recipes, under one strategy or another, in mid-epoch: the bits of one process throughout."""
 
+import contextlib
 import importlib
 from dataclasses import replace
 from pathlib import Path
@@ -28,10 +29,8 @@ def train_until(recipe: str, fields: dict[str, Any], step: int) -> None:
 
     if step < fields["steps"]:
         Run.save = save_and_leave  # type: ignore[method-assign]  # the process is this test's own
-    try:
+    with contextlib.suppress(SystemExit):
         module.main(replace(module.PRESETS["debug"], **fields))
-    except SystemExit:
-        pass
 
 
 def life(recipe: str, out: Path, lives: list[tuple[int, int, str]], **fields: Any) -> tuple[str, bytes]:

@@ -21,7 +21,8 @@ evaluation probe coupled
 run
 resume
 world damage replicas | doctor | replay
-strategy heal guard gate skipped zero lanes initial checkpoint log rundir fence speed flops signals meter launch slurm config
+strategy heal guard gate skipped zero lanes initial checkpoint log rundir fence speed flops
+signals meter launch slurm config
 data | models | optim schedules average | environments
 ops
 kernels | tokenizers

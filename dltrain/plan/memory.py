@@ -69,7 +69,7 @@ class Memory:
     """The most that a rank holds, in bytes by what it is for."""
 
     parameters: float
-    gradients: float
+    gradients: float  # those that there are by then
     optimizer: float
     buffers: float
     tree: float  # gradients of lanes that wait for their siblings, and what is on its way to other processes
@@ -176,14 +176,21 @@ def memory(found: list[Size], buffers: int, cfg: Config, place: Place, step: Tra
         if place.world > 1 and cfg.lanes:
             nodes = max(1.0, _waiting(cfg.lanes, len(lanes) + 1, 1))
             exchange = 4 * elements * (2 * nodes + 1)
+    rows = cfg.batch // max(cfg.lanes or place.world, 1)
+    grown = float(held.gradients)
+    if cfg.lanes and cfg.micro_batch in (0, rows):  # a lane of one micro-batch: its gradients grow as activations go
+        grown = (step.grown - step.peak) / shards
     phases = [
-        (waiting, whole, step.peak, step.batch),
-        (exchange, end, 0.0, 0.0),
-        (0.0, 0.0, step.update / shards, 0.0),
+        (grown, waiting, whole, step.peak, step.batch),
+        (held.gradients, exchange, end, 0.0, 0.0),
+        (held.gradients, 0.0, 0.0, step.update / shards, 0.0),
     ]
-    tree, whole, activations, batch = max(phases, key=sum)
+    gradients, tree, whole, activations, batch = max(phases, key=sum)
     margin = CONTEXT + FRAGMENTS * (tree + whole + activations) if gpu else 0.0
-    return Memory(**vars(held), tree=tree, whole=whole, activations=activations, batch=batch, margin=margin)
+    return Memory(
+        held.parameters, gradients, held.optimizer, held.buffers, tree=tree, whole=whole, activations=activations,
+        batch=batch, margin=margin,
+    )  # fmt: skip
 
 
 def _waiting(lanes: int, mine: int, at_once: int) -> int:

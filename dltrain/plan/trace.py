@@ -61,6 +61,7 @@ class Trace:
     batch: float  # bytes of the batch
     kept: float  # alive when forward ends: what backward needs
     peak: float  # most alive at any time beside weights and their gradients
+    grown: float  # most alive beside weights, where gradients, in float32, grow while activations go
     layer: float  # of `kept` in one of the alike units, 0 where there are none
     forward: float  # seconds
     backward: float
@@ -73,7 +74,7 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, seconds: Callable[[float, float, torch.dtype], float]):
         super().__init__()
-        self.seconds, self.alive, self.peak = seconds, 0, 0
+        self.seconds, self.alive, self.peak, self.grads, self.grown = seconds, 0, 0, 0, 0
         self.host = self.device = self.flops = 0.0
         self.known: dict[int, int] = {}
 
@@ -104,11 +105,16 @@ class _Watch(TorchDispatchMode):
             return
         self.known[key] = size = storage.nbytes()
         self.alive += size
-        self.peak = max(self.peak, self.alive)
+        self.peak, self.grown = max(self.peak, self.alive), max(self.grown, self.alive + self.grads)
         weakref.finalize(storage, self._gone, key)
 
     def _gone(self, key: int) -> None:
         self.alive -= self.known.pop(key)
+
+    def take(self, p: Tensor) -> None:
+        """A gradient is done: from here on it is counted in float32."""
+        p.grad, self.grads = None, self.grads + 4 * p.numel()
+        self.grown = max(self.grown, self.alive + self.grads)
 
     def forget(self) -> float:
         """Seconds since the last call: what takes longer, the device or the host that feeds it."""
@@ -147,12 +153,13 @@ def _traced(work: Work, cfg: Config, rows: int, machine: Machine | None, task: n
         watch, layers = _Watch(seconds), [0.0]
         for p in task.parameters():
             if p.requires_grad:
-                p.register_post_accumulate_grad_hook(_let_go)
+                p.register_post_accumulate_grad_hook(watch.take)
         for unit in stack[-1:]:
             unit.register_forward_pre_hook(lambda *_: layers.append(-watch.alive))
             unit.register_forward_hook(lambda *_: layers.append(watch.alive))
         parts = []
         for loss_of in work.steps:
+            watch.grads = 0
             with watch:
                 batch = work.batch(rows, "cpu")
                 held = watch.alive
@@ -165,11 +172,7 @@ def _traced(work: Work, cfg: Config, rows: int, machine: Machine | None, task: n
     n = len(parts)
     held, kept = (max(part[i] for part in parts) for i in range(2))
     forward, backward, flops = (sum(part[i] for part in parts) / n for i in range(2, 5))
-    return [held, kept, watch.peak - held, sum(layers[1:3]), forward, backward, flops]
-
-
-def _let_go(p: Tensor) -> None:
-    p.grad = None
+    return [held, kept, watch.peak - held, watch.grown - held, sum(layers[1:3]), forward, backward, flops]
 
 
 def _update(work: Work, machine: Machine | None, task: nn.Module) -> float:

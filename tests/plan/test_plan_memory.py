@@ -1,5 +1,6 @@
 """Bytes that last, as real processes hold them; the peak against a real process's memory (a minute)."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest

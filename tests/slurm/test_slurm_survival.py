@@ -84,7 +84,7 @@ def disturbed(recipe: str, folder: Path) -> dict[str, Any]:
 def fenced(cluster: Cluster, folder: Path, cut_off: str, mend: str) -> dict[str, Any]:
     """A node is lost to SLURM, its ranks live on: the requeued job takes the directory, and they end by themselves."""
     recipe, out = ROOT / "recipes/bert_pretrain.py", folder / "out"
-    options = ("--nodes=1", "--ntasks=2", TRAIN, PACED, 0.4, recipe, *FLAGS, "--out", out)
+    options = ("--nodes=1", "--ntasks=2", TRAIN, PACED, 1.0, recipe, *FLAGS, "--out", out)
     job = cluster.submit(folder, *options)
     wait("the first checkpoint", lambda: steps_taken(out) >= 12)
     node = cluster.do("squeue", "-h", "-j", job, "-o", "%N")
@@ -101,8 +101,8 @@ def fenced(cluster: Cluster, folder: Path, cut_off: str, mend: str) -> dict[str,
 
 
 def killed_slurmd(folder: Path) -> dict[str, Any]:
-    with up(2) as cluster:
-        return fenced(cluster, folder, "kill-slurmd {}", "start {}")
+    with up(2, net="netns") as cluster:  # not on one address, where the old ranks hold the meeting place's port
+        return fenced(InNetwork(cluster), folder, "kill-slurmd {}", "start {}")
 
 
 def pulled_cable(folder: Path) -> dict[str, Any]:

@@ -197,18 +197,3 @@ class BertPretraining(nn.Module):
         h_BPD = h_BLD.gather(1, positions_BP[..., None].expand(-1, -1, h_BLD.shape[-1]))
         logits_BPV = self.masked_lm(h_BPD, self.bert.embed.token.weight)
         return logits_BPV, None if self.next_sentence is None else self.next_sentence(self.bert.pool(h_BLD))
-
-
-def flops_per_row(cfg: BertConfig, L: int, P: int) -> float:
-    """Model FLOPs of one training row of L tokens, padding included, with P predicted positions.
-
-    Matrix products alone, attention's included, at 2 FLOPs per multiply-add; the backward pass is twice the forward;
-    recomputed activations do not count (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B). Unlike
-    6 x parameters x tokens, look-ups cost nothing and the vocabulary product counts for P positions, not for L.
-    """
-    D = cfg.width
-    token = 3 * D * D + D * D + 2 * D * cfg.mlp + 2 * L * D  # q, k, v; output; feed-forward; scores and weighted values
-    forward = L * cfg.layers * token + P * (D * D + D * cfg.vocab)
-    if cfg.next_sentence:
-        forward += D * D + 2 * D
-    return 3.0 * 2.0 * forward

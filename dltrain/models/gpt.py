@@ -198,15 +198,3 @@ def generate(
             return
         ids.append(token)
         yield token
-
-
-def flops_per_row(cfg: GptConfig, L: int) -> float:
-    """Model FLOPs of one training row of L tokens, padding included.
-
-    Matrix products alone, attention's in full although half of it is masked, at 2 FLOPs per multiply-add; the backward
-    pass is twice the forward; recomputed activations do not count (Chowdhery et al. 2022,
-    https://arxiv.org/abs/2204.02311, appendix B).
-    """
-    D = cfg.width
-    token = 3 * D * D + D * D + 2 * D * 4 * D + 2 * L * D  # q, k, v; output; feed-forward; scores and weighted values
-    return 3.0 * 2.0 * L * (cfg.layers * token + D * cfg.vocab)

@@ -5,9 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dltrain.errors import UserError
 from dltrain.models.alexnet import alexnet, alexnet_owt, fig1
@@ -38,13 +36,6 @@ def image_model(name: str, classes: int, side: int, **options: Any) -> nn.Module
         return build(classes, side, **options)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
-
-
-def flops_per_image(build: Callable[[], nn.Module], side: int) -> float:
-    """FLOPs of an image forward and backward, by torch's counter: a backward is two forwards."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        build().eval()(torch.empty(1, 3, side, side))
-    return 3.0 * counter.get_total_flops()
 
 
 def _builder(name: str) -> Callable[..., nn.Module]:

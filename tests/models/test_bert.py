@@ -3,11 +3,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from dltrain.errors import UserError
-from dltrain.models.bert import BASE, LARGE, TINY, BertConfig, BertPretraining, flops_per_row
+from dltrain.models.bert import BASE, LARGE, TINY, BertConfig, BertPretraining
 
 SMALL = BertConfig(vocab=61, layers=2, width=16, heads=2, mlp=32, positions=12)
 ROBERTA = replace(SMALL, segments=1, next_sentence=False)
@@ -120,21 +118,6 @@ def test_user_errors():
         BertPretraining(replace(SMALL, positions=8)).bert(ids, segments, lengths)
     with pytest.raises(UserError, match=r"width \(10\).*heads \(3\)"):
         BertConfig(width=10, heads=3)
-
-
-@pytest.mark.parametrize(
-    ("cfg", "L", "P"), [(BASE, 128, 20), (LARGE, 512, 76), (replace(BASE, next_sentence=False), 512, 77)]
-)
-def test_flops_are_those_that_torch_counts(cfg: BertConfig, L: int, P: int):
-    with torch.device("meta"):
-        model = BertPretraining(cfg).train()
-        ids, positions = torch.zeros(1, L, dtype=torch.long), torch.zeros(1, P, dtype=torch.long)
-        lengths = torch.zeros(1, dtype=torch.long)
-        counter = FlopCounterMode(display=False)
-        with counter, sdpa_kernel(SDPBackend.MATH):  # others recompute the scores, which are not model FLOPs
-            masked_lm, next_sentence = model(ids, ids, lengths, positions)
-            (masked_lm.sum() + (0 if next_sentence is None else next_sentence.sum())).backward()
-    assert counter.get_total_flops() == flops_per_row(cfg, L, P)
 
 
 def test_a_causal_model_sees_nothing_to_the_right():

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dltrain.errors import UserError
-from dltrain.models.gpt import Gpt, GptConfig, flops_per_row, generate
+from dltrain.models.gpt import Gpt, GptConfig, generate
 
 SMALL = GptConfig(vocab=61, layers=3, width=16, heads=2, positions=12, dropout=0.0)
 POST = replace(SMALL, post_norm=True)

@@ -54,7 +54,7 @@ def page(p: Plan, price: float = 0.0, epoch: float = 0.0) -> str:
     tokens = p.work.tokens
     lines = [
         f"{human(p.parameters)} parameters, {p.place.world} x {p.machine.name}, {cfg.strategy}, {cfg.precision}, "
-        f"{cfg.batch} rows a step in {cfg.lanes or p.place.world} lanes, {s.micro_batches} micro-batches a process, "
+        f"{cfg.batch} rows a step in {cfg.lanes or 'no'} lanes, {s.micro_batches} micro-batches a process, "
         f"remat {cfg.remat}",
         "",
         "Memory of a rank",
@@ -91,7 +91,7 @@ def page(p: Plan, price: float = 0.0, epoch: float = 0.0) -> str:
         f"  {duration(p.seconds)}, {human(hours)} GPU-hours"
         + (f", {hours * price:,.0f} at {price:g} an hour" if price else "")
         + f", {human(hours * p.machine.watts / 1000)} kWh in the GPUs at their limit",
-        f"  a checkpoint: {human(p.checkpoint)}B in {p.save:.0f} s",
+        f"  a checkpoint: {human(p.checkpoint)}B in {p.save:.1f} s",
         f"  {f.expected:.2g} failures expected; save every {duration(f.interval)} "
         f"(--save_every {max(1, round(f.interval / s.seconds))}); failures and checkpoints cost {f.lost:.1%}",
     ]

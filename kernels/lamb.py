@@ -135,8 +135,8 @@ def direction(
 def row_squares(tensor: Tensor) -> Tensor:
     """Squares summed over each row of dimension 0, float64 [rows]; a row's bits do not depend on how many there are.
 
-    On a CPU torch adds up each of two or more rows by itself, so that one alone gets company; its kernel on a GPU shares
-    its threads out by the shape, so there rows are folded by halves.
+    On a CPU torch adds up each of two or more rows by itself, so that one alone gets company; on a GPU its kernel deals
+    threads out by the shape, so there rows are folded by halves.
     """
     squares = tensor.square() if tensor.dtype == torch.float64 else tensor.float().square()
     if squares.ndim < 2:

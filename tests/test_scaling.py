@@ -93,7 +93,7 @@ def test_the_noise_scale_is_that_of_the_gradients():
     random = np.random.Generator(np.random.Philox(key=5))
     true, sigma, d = np.full(100, 0.3), 2.0, 100  # tr(Sigma) / |G|^2 = 4 * 100 / 9
     per_batch = {
-        b: np.mean([((true + sigma / b**0.5 * random.standard_normal(d)) ** 2).sum() for _ in range(4000)])
+        b: float(np.mean([((true + sigma / b**0.5 * random.standard_normal(d)) ** 2).sum() for _ in range(4000)]))
         for b in (4, 64)
     }
     assert critical_batch(4, 64, per_batch[4], per_batch[64]) == pytest.approx(400 / 9, rel=0.05)

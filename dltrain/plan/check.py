@@ -112,7 +112,7 @@ def measured(cfg: Training) -> float:
     ):
         before = 0
         if run.device.type == "cpu":
-            torch.ones(64, 64) @ torch.ones(64, 64)
+            torch.ones(64, 64).matmul(torch.ones(64, 64))  # what the first product takes once
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins here
             before = _status("VmRSS")
         run.save = lambda: None  # type: ignore[method-assign]

@@ -16,7 +16,8 @@ PLOTS = ("isoflop.png", "compute.png")
 def fitted(points: Points, out: Path, beyond: tuple[float, float] | None = None) -> dict[str, Any]:
     """Every law that the points allow, printed, drawn in `out` and written to `out`/fits.json; that file's content.
 
-    `beyond`: parameters and tokens of a run whose loss is to be predicted, as "predicted" (nats).
+    `beyond`: parameters and tokens of a run, the best of its compute, whose loss is to be predicted: "predicted" (nats)
+    by the power law of compute, "by_size" by L(N, D).
 
     Raises:
         UserError: for too few points for the parametric fit or the power law.
@@ -40,8 +41,9 @@ def fitted(points: Points, out: Path, beyond: tuple[float, float] | None = None)
     except UserError as error:
         print(f"no parabolas: {error}")
     if beyond:
-        found["predicted"] = float(law.loss(*beyond))
-        print(f"{beyond[0]:,.0f} parameters, {beyond[1]:,.0f} tokens: {found['predicted']:.4f} nats predicted")
+        found["predicted"], found["by_size"] = float(by_compute.at(6 * beyond[0] * beyond[1])), float(law.loss(*beyond))
+        said = f"{found['predicted']:.4f} nats by the power law, {found['by_size']:.4f} by L(N, D)"
+        print(f"{beyond[0]:,.0f} parameters, {beyond[1]:,.0f} tokens: predicted {said}")
     out.mkdir(parents=True, exist_ok=True)
     _draw(points, best, law, by_compute, budgets, out)
     rundir.write_json(out / "fits.json", rundir.plain(found))

@@ -1,5 +1,5 @@
 # make run     a small BERT, pre-trained on this machine's own documentation (installs what it needs into .venv first)
-# make test    the whole test suite; PYTEST_ARGS='-x -k bert' are passed on
+# make test    the test suite; PYTEST_ARGS='-x -k bert' are passed on ('-m long' are the tests that it leaves out)
 # make check   format, lint, types and tests
 # make format  let ruff rewrite what it can
 # make venv    .venv with everything for development

@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -26,16 +26,14 @@ H100 = machine("h100")
 
 def test_a_thousand_gpus_in_ten_seconds():
     command = ["plan", str(RECIPES / "gpt_pretrain.py"), "gpt3-xl", "--world", "1024", "--gpu", "h100"]
-    began = time.process_time()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime  # of the tests before
     done = subprocess.run(
         [sys.executable, "-m", "dltrain", *command, "--batch", "1024", "--strategy", "fsdp", "--price", "2"],
         capture_output=True, text=True, check=True, env={"OMP_NUM_THREADS": "1", "PATH": ""},
     )  # fmt: skip
     assert "1.32G parameters, 1024 x h100" in done.stdout
     assert "failures expected" in done.stdout and "kWh" in done.stdout and "at 2 an hour" in done.stdout
-    import resource
-
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime < 10 + (time.process_time() - began)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 10
 
 
 def test_every_conflict_at_once():

@@ -76,13 +76,11 @@ import torch
 from torch import Tensor, nn
 
 from dltrain.claim import Figure, judge, logged
-from dltrain.convert.ready import ready
+from dltrain.convert.ready import image_shards
 from dltrain.coupled import couple, coupled
 from dltrain.data.crops import CentreCrop, Crop, RandomResizedCrop
 from dltrain.data.decoded import DecodedRows
-from dltrain.data.digits import digits
 from dltrain.data.images import ImageRows
-from dltrain.data.shards import Shards
 from dltrain.data.sheet import contact_sheet
 from dltrain.data.views import CroppedRows, ViewRows, blur, colour_jitter, greyscale, view_seed
 from dltrain.errors import UserError
@@ -100,16 +98,9 @@ QUERIES, NEAREST = 8, 7  # of the picture
 # M rows of a micro-batch, N = 2 M views, view after view; D features, Z numbers of a projection; C, H, W of an image
 
 
-def shards_of(pattern: str) -> Shards:
-    kind, _, name = pattern.partition(":")
-    return Shards(
-        digits(name.removeprefix("digits/")) if kind == "embedded" else ready(name) if kind == "published" else pattern
-    )
-
-
 def rows_of(cfg: Config) -> tuple[ViewRows, Any, Any]:
     """Pairs of views to train on; whole images to learn from, and to be judged on."""
-    train, test = shards_of(cfg.train), shards_of(cfg.test)
+    train, test = image_shards(cfg.train), image_shards(cfg.test)
     seen, unseen = (np.arange(min(n or len(s), len(s))) for n, s in ((cfg.subset, train), (cfg.held_out, test)))
     crop: Crop = RandomResizedCrop((cfg.area, 1.0)) if cfg.area < 1 else CentreCrop(1.0)
     kept = cfg.size <= 64  # small images are decoded once

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dltrain.data.cache import built, cache_dir
 from dltrain.data.crops import CentreCrop, PadAndCrop
@@ -93,11 +92,3 @@ def _decode(rows: ImageRows, folder: Path) -> None:
         image_NSSC[index_M], label_N[index_M] = batch["images_BCHW"].permute(0, 2, 3, 1).numpy(), batch["labels_B"]
     np.save(folder / "images.npy", image_NSSC)
     np.save(folder / "labels.npy", label_N)
-
-
-def pixel_statistics(rows: DecodedRows) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel over all images, in [0, 1]."""
-    counts_C256 = np.stack([np.bincount(rows.image_NSSC[..., c].ravel(), minlength=256) for c in range(3)])
-    value_256, part_C256 = np.arange(256) / 255, counts_C256 / counts_C256.sum(1, keepdims=True)
-    mean_C = part_C256 @ value_256
-    return torch.from_numpy(mean_C), torch.from_numpy(part_C256 @ value_256**2 - mean_C**2).sqrt()

@@ -1,14 +1,17 @@
 """A study's grid: many small measurements, each kept as soon as it is made, so that a killed study goes on.
 
 `sbatch --array=0-7` shares it out: each task makes every eighth cell and leaves; the same command without an array
-then finds all of them made, makes again those that failed, and goes on to the study's plot.
+then finds all of them made, makes again those that failed, and goes on to the study's plot. DLTRAIN_JOBS=2 does the
+same on one machine, with two processes, and does not change a bit of any cell.
 """
 
 import dataclasses
 import os
+import subprocess
 import sys
+import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from dltrain import rundir
 from dltrain.config import Settings, digest
 from dltrain.errors import UserError
 from dltrain.progress import track
+from dltrain.signals import STOPPED, Signals, Stop, end_with_launcher
 
 Cell = dict[str, Any]
 
@@ -40,6 +44,9 @@ def grid(
     settings = rundir.plain(dataclasses.asdict(cfg) | {"out": ""})
     paths = [folder / f"{digest(settings | {'cell': rundir.plain(cell)})}.json" for cell in cells]
     task, first, tasks = (int(env.get(f"SLURM_ARRAY_TASK_{k}", n)) for k, n in (("ID", 0), ("MIN", 0), ("COUNT", 1)))
+    jobs = _jobs(env) if tasks == 1 else 1
+    if jobs > 1 and not all(path.exists() for path in paths):
+        _share_out(jobs, paths)
     mine = list(zip(cells, paths, strict=True))[task - first :: tasks]
     missing, failed = [(cell, path) for cell, path in mine if not path.exists()], []
     for cell, path in track(missing, "cells of the grid"):
@@ -60,6 +67,51 @@ def grid(
         said = "; ".join(failed)
         raise UserError(f"{len(failed)} of {len(cells)} cells failed; the others are kept and not made again: {said}")
     return [rundir.read_json(path) for path in paths]
+
+
+def _jobs(env: Mapping[str, str]) -> int:
+    asked = env.get("DLTRAIN_JOBS", "1")
+    if not asked.isdecimal() or int(asked) < 1:
+        raise UserError(f"DLTRAIN_JOBS is {asked!r}: give the number of processes that share the grid out, 1 or more")
+    return int(asked)
+
+
+def _share_out(jobs: int, paths: Sequence[Path]) -> None:
+    """Start this very command as the tasks of an array, and wait. What they print is in task-N.log beside the cells."""
+    tasks: list[subprocess.Popen[bytes]] = []
+    asked = Signals(say=False)
+    try:
+        for i in range(jobs):
+            share = {"SLURM_ARRAY_TASK_ID": str(i), "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_COUNT": str(jobs)}
+            with (paths[0].parent / f"task-{i}.log").open("ab") as log:
+                tasks.append(
+                    subprocess.Popen(
+                        sys.orig_argv, env=os.environ | share, stdout=log, stderr=log, preexec_fn=end_with_launcher
+                    )
+                )
+        with asked.waiting():
+            for _ in track(_as_made(paths, tasks), f"cells of the grid, {jobs} at a time", total=len(paths)):
+                pass
+    except Stop:
+        print(f"stopped by {asked.name}; the same command goes on", file=sys.stderr, flush=True)
+        raise SystemExit(STOPPED) from None
+    finally:
+        for task in tasks:
+            task.terminate()
+        for task in tasks:
+            task.wait()
+        asked.restore()
+
+
+def _as_made(paths: Sequence[Path], tasks: Sequence[subprocess.Popen[bytes]]) -> Iterator[Path]:
+    """Each path once it exists, until no task is at work."""
+    waiting, working = list(paths), True
+    while working:
+        working = any(task.poll() is None for task in tasks)
+        for path in [path for path in waiting if path.exists()]:
+            waiting.remove(path)
+            yield path
+        time.sleep(0.2 if working else 0.0)
 
 
 def table(cells: Sequence[Cell]) -> str:

@@ -24,13 +24,11 @@ from dltrain.errors import UserError
 from dltrain.fence import Fence
 from dltrain.guard import Bad, Guard
 from dltrain.log import Log, NullLog
-from dltrain.signals import Signals
+from dltrain.signals import STOPPED, Signals
 from dltrain.skipped import Skipped
 from dltrain.speed import Speed
 from dltrain.strategy import Lanes
 from dltrain.world import World
-
-STOPPED = 75  # exit code of a run that a signal stopped and that can go on: EX_TEMPFAIL of sysexits.h
 
 
 class Resumable(World):

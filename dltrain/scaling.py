@@ -107,9 +107,8 @@ class Parametric:
 
     def loss(self, params: Any, tokens: Any) -> Any:
         """Nats per token of `params` parameters trained on `tokens`."""
-        return (
-            self.E + self.A / np.asarray(params, float) ** self.alpha + self.B / np.asarray(tokens, float) ** self.beta
-        )
+        n, d = np.log(np.asarray(params, float)), np.log(np.asarray(tokens, float))  # powers of them overflow
+        return self.E + np.exp(math.log(self.A) - self.alpha * n) + np.exp(math.log(self.B) - self.beta * d)
 
     def best_params(self, flops: float) -> float:
         """Parameters of the least loss at C = 6 N D (Hoffmann et al., equation 4)."""

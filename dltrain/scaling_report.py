@@ -1,5 +1,6 @@
 """Runs of a scaling study, fitted, told and drawn: fits.json and two pictures."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ PLOTS = ("isoflop.png", "compute.png")
 def fitted(points: Points, out: Path, beyond: tuple[float, float] | None = None) -> dict[str, Any]:
     """Every law that the points allow, printed, drawn in `out` and written to `out`/fits.json; that file's content.
 
-    `beyond`: parameters and tokens of a run, the best of its compute, whose loss is to be predicted: "predicted" (nats)
-    by the power law of compute, "by_size" by L(N, D).
+    `beyond`: parameters and tokens of a run whose loss is to be predicted (nats): "predicted" by L(N, D), and
+    "predicted_least" by the power law, for a run that is the best of its compute.
 
     Raises:
         UserError: for too few points for the parametric fit or the power law.
@@ -41,8 +42,8 @@ def fitted(points: Points, out: Path, beyond: tuple[float, float] | None = None)
     except UserError as error:
         print(f"no parabolas: {error}")
     if beyond:
-        found["predicted"], found["by_size"] = float(by_compute.at(6 * beyond[0] * beyond[1])), float(law.loss(*beyond))
-        said = f"{found['predicted']:.4f} nats by the power law, {found['by_size']:.4f} by L(N, D)"
+        found["predicted"], found["predicted_least"] = float(law.loss(*beyond)), float(by_compute.at(6 * math.prod(beyond)))
+        said = f"{found['predicted']:.4f} nats by L(N, D), {found['predicted_least']:.4f} by the power law"
         print(f"{beyond[0]:,.0f} parameters, {beyond[1]:,.0f} tokens: predicted {said}")
     out.mkdir(parents=True, exist_ok=True)
     _draw(points, best, law, by_compute, budgets, out)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+STOPPED = 75  # exit code of a run that a signal stopped and that can go on: EX_TEMPFAIL of sysexits.h
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _early: list[str] = []  # those that came before there was a run
 _PR_SET_PDEATHSIG = 1  # prctl(2)

@@ -34,9 +34,9 @@ class Config(dltrain.Config):
     data: str = ""  # folder of train.jsonl.gz and valid.jsonl.gz, by default $DLTRAIN_DATA/gutenberg-en; or shards
     text: int = 1 << 24  # bytes of the training text; 0: all
     unseen: int = 2048  # held-out rows, from all over the held-out text
-    widths: tuple[int, ...] = (8, 12, 16, 24)
+    widths: tuple[int, ...] = (8, 12, 16, 20, 24, 28)
     budgets: tuple[float, ...] = (1.2e10, 3.6e10, 1.1e11, 3.3e11)  # FLOPs, 6 N D
-    ratio: tuple[float, float] = (10, 410)  # D / N: of a budget those widths are trained for which it lies between
+    ratio: tuple[float, float] = (10, 300)  # D / N: of a budget those widths are trained for which it lies between
     left_out: tuple[int, float] = (32, 6.6e11)  # width and FLOPs of the run that the others predict; 0 0: none
     weaker: tuple[int, ...] = (12, 24)  # widths that are also trained without attention, and without positions
     architecture: Architecture = "gpt"  # of one run
@@ -214,7 +214,7 @@ def main(cfg: Config) -> dict[str, Any]:
 
 
 def claim(cfg: Config) -> None:
-    """The least loss by compute is a power law, which predicts the largest model, that it has not seen."""
+    """The least loss by compute is a power law, and L(N, D) predicts the largest model, which it has not seen."""
     found = main(cfg)
     r2, off = found["by_compute"]["r2"], abs(found["predicted"] / found["largest"] - 1)
     loss = {(c["architecture"], c["width"], c["flops"]): c["loss"] for c in found["cells"]}
@@ -224,7 +224,7 @@ def claim(cfg: Config) -> None:
     without = f"{more / start:g} x the compute without attention, behind attention (nats)"
     figures = [
         Figure(least, {cfg.seed: r2}, "a line", least=0.98),
-        Figure("loss of the left-out largest model, off the prediction (%)", {cfg.seed: 100 * off}, "none", most=2),
+        Figure("loss of the left-out largest model, off L(N, D) (%)", {cfg.seed: 100 * off}, "none", most=2),
         Figure(without, {cfg.seed: gain}, "none", least=0.1),
     ]
     judge(cfg, figures, tuned_on=TUNED_ON, pictures=[Path(cfg.out) / name for name in PLOTS])

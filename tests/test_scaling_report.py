@@ -19,13 +19,13 @@ def grid(sizes: int) -> Points:
 def test_it_finds_the_law_predicts_and_draws(tmp_path, capsys):
     found = fitted(grid(5), tmp_path, (1e9, 2e10))
     assert [found[k] for k in ("E", "alpha", "beta")] == pytest.approx([1.7, 0.35, 0.3], rel=1e-2)
-    assert found["by_size"] == pytest.approx(1.7 + 400 / 1e9**0.35 + 400 / 2e10**0.3, rel=1e-4)
+    assert found["predicted"] == pytest.approx(1.7 + 400 / 1e9**0.35 + 400 / 2e10**0.3, rel=1e-4)
     assert found["isoflop"]["law"]["exponent"] == pytest.approx(found["exponent"], abs=0.03)
     assert found["by_compute"]["exponent"] < 0 and found["by_compute"]["r2"] > 0.98
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in PLOTS)
     written = rundir.read_json(tmp_path / "fits.json")
     assert written["alpha"] == found["alpha"] and written["runs"] == 20
-    assert "nats by the power law, " in capsys.readouterr().out
+    assert "nats by L(N, D), " in capsys.readouterr().out
 
 
 def test_runs_of_no_common_budget_have_no_parabolas(tmp_path, capsys):

@@ -35,9 +35,9 @@ def main(argv: list[str]) -> None:
     known = with_claims(folder)
     if unknown := [name for name in args.recipe if name not in known]:
         raise UserError(f"no claim of {', '.join(unknown)}: there are {', '.join(known)}")
-    source = {k: v for k, v in rundir.environment()[0].items() if k in ("commit", "dirty")}  # the records change it
+    here = rundir.environment()[0]  # now: the records change the commit's files
     table(folder)  # a README without markers is a mistake now, not after the work
-    lacking = [name for name in args.recipe or known if not measure(folder, known[name], args.seed, source)]
+    lacking = [name for name in args.recipe or known if not measure(folder, known[name], args.seed, here)]
     table(folder)
     if lacking:
         print(f"not shown: {', '.join(lacking)}", file=sys.stderr)
@@ -49,7 +49,7 @@ def with_claims(folder: Path) -> dict[str, Path]:
     return {p.stem: p for p in sorted(folder.rglob("*.py")) if "def claim(" in p.read_text()}
 
 
-def measure(folder: Path, recipe: Path, shift: int, source: dict[str, Any]) -> bool:
+def measure(folder: Path, recipe: Path, shift: int, here: dict[str, Any]) -> bool:
     """Run the claim and keep its record, shown or not; False where it is not shown, or there is none."""
     now, seed = datetime.now(UTC), recipe_of(str(recipe)).PRESETS["claim"].seed + shift
     out = Path("runs/claims") / f"{recipe.stem}-{seed}-{now:%Y%m%dT%H%M%S}"
@@ -57,7 +57,9 @@ def measure(folder: Path, recipe: Path, shift: int, source: dict[str, Any]) -> b
     path = os.pathsep.join([str(folder.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     print(f"\n=== {recipe.stem}, seed {seed}", flush=True)
     began = time.monotonic()
-    code = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=False).returncode
+    jobs = "1" if here["gpus"] else str(here["cores"])  # a study's cells share a CPU's cores out
+    env = {"DLTRAIN_JOBS": jobs} | os.environ | {"PYTHONPATH": path}
+    code = subprocess.run(command, env=env, check=False).returncode
     seconds = round(time.monotonic() - began, 1)
     if code not in (0, 1) or not (out / "claim.json").exists():
         print(f"{recipe.stem}: exit code {code} and no figures", file=sys.stderr)
@@ -65,7 +67,7 @@ def measure(folder: Path, recipe: Path, shift: int, source: dict[str, Any]) -> b
     asked = f"dltrain claims {recipe.stem}" + (f" --seed {shift}" if shift else "")
     about = {"command": asked, "date": f"{now:%Y-%m-%d}", "seconds": seconds}
     record = about | rundir.read_json(out / "claim.json")
-    record["environment"] |= source
+    record["environment"] |= {k: here[k] for k in ("commit", "dirty")}
     (folder / "results").mkdir(exist_ok=True)
     rundir.write_json(folder / "results" / f"{recipe.stem}.json", record)
     return bool(record["shown"])

@@ -50,8 +50,8 @@ class GptConfig:
 
     @property
     def attention_scale(self) -> float | None:
-        """muP's, of attention's products: 8 / K, which at K = 64 is the usual 1 / sqrt(K), meant by None."""
-        return 8 * self.heads / self.width if self.base_width else None
+        """muP's, of attention's products: falls as 1 / K, and is the usual 1 / sqrt(K), meant by None, at base_width."""
+        return math.sqrt(self.base_width * self.heads) / self.width if self.base_width else None
 
 
 class Linear(nn.Linear):

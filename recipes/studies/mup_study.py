@@ -30,12 +30,12 @@ class Config(dltrain.Config):
     text: int = 1 << 24  # bytes of the training text; 0: all
     unseen: int = 512  # held-out rows
     widths: tuple[int, ...] = (64, 512)
-    exponents: tuple[int, ...] = (-14, -13, -12, -11, -10, -9, -8)  # learning rates, peak: powers of two
+    exponents: tuple[int, ...] = (-13, -12, -11, -10, -9, -8)  # learning rates, peak: powers of two
     parametrisation: Parametrisation = "muP"  # of one run
     lr: float = 0.0  # of one run
-    base_width: int = 64  # muP's
+    base_width: int = 512  # muP's
     checked: tuple[int, ...] = (64, 128, 256, 512, 1024)  # widths of the coordinate check
-    check_exponent: int = -9  # its learning rate
+    check_exponent: int = -12  # its learning rate
     row: int = 32  # tokens
     batch: int = 4
     layers: int = 1
@@ -43,7 +43,7 @@ class Config(dltrain.Config):
 
 
 PRESETS = {
-    "claim": Config(steps=150, log_every=50),
+    "claim": Config(steps=300, log_every=100),
     "debug": Config(
         data="embedded:topics", unseen=16, widths=(8, 16), exponents=(-8, -5), base_width=8, checked=(8, 16, 32),
         row=16, batch=8, steps=4, lanes=4, log_every=2, save_every=2,

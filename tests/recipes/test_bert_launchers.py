@@ -5,12 +5,14 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
 
 import commands
 import pytest
+from worlds import free_port
 
 SHORT = ("debug", "--lanes", 2, "--steps", 4, "--save-every", 2, "--eval-every", 2)
 # Long enough to be stopped on the way.
@@ -143,3 +145,29 @@ def test_kill_9_and_the_same_command_again(long, tmp_path):
     commands.run(*LONG, "--out", out)
     assert metrics(out) == metrics(long)
     assert steps_saved(out) == [40, 60]
+
+
+@pytest.mark.long  # half a minute of waiting
+def test_torchrun_that_lost_a_node_goes_on_with_the_other(long, tmp_path):
+    """A range of nodes: two launchers of one process each, and one of them is killed with what it started."""
+    out, port = tmp_path / "run", free_port()
+    elastic = (
+        *commands.PYTHON, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3",
+        "--rdzv-id=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}",
+        "--rdzv-conf=last_call_timeout=10,keep_alive_interval=1,keep_alive_max_attempt=3",
+    )  # fmt: skip
+    nodes = [commands.start(*LONG, "--out", out, by=elastic)]
+    with socket.socket() as store:  # in the first node
+        until = time.monotonic() + 60
+        while store.connect_ex(("localhost", port)) and time.monotonic() < until:
+            time.sleep(0.1)
+    nodes.append(commands.start(*LONG, "--out", out, by=elastic))
+    at_step(nodes[0], out, 23)
+    assert world_of(out) == 2
+    os.killpg(nodes[1].pid, signal.SIGKILL)
+    code, said, err = commands.finish(nodes[0])
+    commands.finish(nodes[1])
+    assert code == 0, said + err
+    events = map(json.loads, (out / "events.jsonl").read_text().splitlines())
+    assert [e["world"] for e in events if e["kind"] == "resume"] == [1]
+    assert metrics(out) == metrics(long)

@@ -118,7 +118,7 @@ class AdamW(torch.optim.AdamW):
         elif plain:
             if scale is not None and found:
                 torch._foreach_mul_([local(p.grad) for p in found], scale.to(found[0].dtype))
-            super().step()
+            super().step()  # foreach: the bits of torch's fused one on a CPU depend on where a tensor is cut
         else:
             self._plain(scale)
         return loss

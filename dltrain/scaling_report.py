@@ -42,7 +42,10 @@ def fitted(points: Points, out: Path, beyond: tuple[float, float] | None = None)
     except UserError as error:
         print(f"no parabolas: {error}")
     if beyond:
-        found["predicted"], found["predicted_least"] = float(law.loss(*beyond)), float(by_compute.at(6 * math.prod(beyond)))
+        found["predicted"], found["predicted_least"] = (
+            float(law.loss(*beyond)),
+            float(by_compute.at(6 * math.prod(beyond))),
+        )
         said = f"{found['predicted']:.4f} nats by L(N, D), {found['predicted_least']:.4f} by the power law"
         print(f"{beyond[0]:,.0f} parameters, {beyond[1]:,.0f} tokens: predicted {said}")
     out.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw as torch_adamw
 
 from dltrain.errors import UserError
 from dltrain.kernels import multi_tensor
@@ -118,7 +119,7 @@ class AdamW(torch.optim.AdamW):
         elif plain:
             if scale is not None and found:
                 torch._foreach_mul_([local(p.grad) for p in found], scale.to(found[0].dtype))
-            super().step()  # foreach: the bits of torch's fused one on a CPU depend on where a tensor is cut
+            self._torchs()
         else:
             self._plain(scale)
         return loss
@@ -155,6 +156,29 @@ class AdamW(torch.optim.AdamW):
                     [first_element(p) if self._rounds(p) else 0 for p, _, _ in members],
                     good,
                 )
+
+    def _torchs(self) -> None:
+        """torch's step of what this process has: DTensors would be unwrapped at each of its operations. Not the fused
+        one, whose bits on a CPU depend on where a tensor is cut."""
+        for group in self.param_groups:
+            found = [p for p in group["params"] if p.grad is not None]
+            states = [self._init_state(p) for p in found]
+            torch_adamw(
+                [local(p) for p in found],
+                [local(p.grad) for p in found],
+                [local(s["exp_avg"]) for s in states],
+                [local(s["exp_avg_sq"]) for s in states],
+                [],
+                [s["step"] for s in states],
+                foreach=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
 
     def _rounds(self, p: Tensor) -> bool:
         return self.stochastic and p.dtype == torch.bfloat16

@@ -1,6 +1,7 @@
 """What every test starts from: one thread (their number changes the bits) and caches of the session's own."""
 
 import os
+import sys
 import tempfile
 
 import pytest
@@ -14,6 +15,12 @@ _CACHE = pytest.StashKey[tempfile.TemporaryDirectory]()
 def pytest_configure(config: pytest.Config) -> None:
     cache = config.stash[_CACHE] = tempfile.TemporaryDirectory(prefix="dltrain-tests-")
     os.environ["DLTRAIN_CACHE"] = cache.name
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """A process has one fork server: start that of `worlds` before a test starts one that has imported less."""
+    if (worlds := sys.modules.get("worlds")) and not session.config.option.collectonly:
+        worlds.serve()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -18,7 +18,7 @@ _context.set_forkserver_preload(
 
 
 @functools.cache
-def _serve() -> None:
+def serve() -> None:
     """Start the fork server. It looks for modules in the folders of PYTHONPATH, not in ours: without `tests` there it
     imports nothing, says nothing, and every rank imports everything."""
     before = os.environ.get("PYTHONPATH")
@@ -52,7 +52,7 @@ def start(
 ) -> tuple[list[Any], list[Any]]:
     """Start work(*args) in `world` processes (of which only `ranks`) with torchrun's environment; the pipes that will
     have the results, and the processes."""
-    _serve()
+    serve()
     port, results, processes = free_port(), [], []
     for rank in range(world) if ranks is None else ranks:
         local = local_world or world

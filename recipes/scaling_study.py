@@ -167,18 +167,26 @@ def noise_scale(cfg: Config, width: int, batches: int = 64, rows: int = 4) -> fl
     return critical_batch(small, small * batches, square, float(total.square().sum()))  # type: ignore[union-attr]
 
 
+def spent(cfg: Config) -> dict[str, tuple[int, float]]:
+    """Width and FLOPs of what is compared: the first budget, and the second in two ways. Nothing, for one budget."""
+    if len(cfg.budgets) == 1:
+        return {}
+    (narrow, wide), (less, more, *_) = cfg.weaker, cfg.budgets
+    return {"before": (narrow, less), "on data": (narrow, more), "on width": (wide, more)}
+
+
 def cells_of(cfg: Config) -> list[Cell]:
-    """The grid, the largest model, and what is compared at the first budget and the second."""
-    (low, high), spent = cfg.ratio, [(cfg.weaker[i], cfg.budgets[j]) for i, j in ((0, 0), (0, 1), (1, 1))]
+    """The grid, the largest model, and what is compared."""
+    low, high = cfg.ratio
     sizes = {width: params(cfg, width) for width in cfg.widths}
     wanted = [(w, c, "gpt") for c in cfg.budgets for w, n in sizes.items() if low <= c / 6 / n**2 <= high]
     wanted += [(*cfg.left_out, "gpt")] * bool(cfg.left_out[0])
-    wanted += [(*one, architecture) for architecture in get_args(Architecture) for one in spent]
+    wanted += [(*one, architecture) for architecture in get_args(Architecture) for one in spent(cfg).values()]
     return [dict(zip(("width", "flops", "architecture"), one, strict=True)) for one in dict.fromkeys(wanted)]
 
 
 def main(cfg: Config) -> dict[str, Any]:
-    """Train the grid, fit it, predict the largest: the fits, with all `cells`."""
+    """Train the grid, fit it, predict the largest: the fits, with the `lesson` of `spent`."""
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     if cfg.points:
@@ -196,9 +204,7 @@ def main(cfg: Config) -> dict[str, Any]:
     if cfg.debug:
         return train(cfg, cells[0]["width"]) or {}
     if len(cells) > 1 and detect(os.environ).world > 1:
-        raise UserError(
-            f"several processes train one network, not {len(cells)}: give one width, budget and no left_out"
-        )
+        raise UserError(f"{len(cells)} networks, and several processes train one: give one width, budget, no left_out")
     cells = grid(cfg, cells, measure)
     text = io.StringIO()
     writer = csv.DictWriter(text, cells[0])
@@ -206,24 +212,33 @@ def main(cfg: Config) -> dict[str, Any]:
     writer.writerows(cells)
     rundir.write_atomic(out / "points.csv", text.getvalue().encode())
     print(f"{table(cells)}\ncritical_batch: tokens, where the run ended", flush=True)
-    *rest, largest = sorted((c for c in cells if c["architecture"] == "gpt"), key=lambda c: c["width"])
-    points = Points(*(np.array([float(c[k]) for c in rest]) for k in ("params", "tokens", "loss")))
-    found = fitted(points, out, (largest["params"], largest["tokens"]))
-    print(f"it has {largest['loss']:.4f}\nsee {', '.join(str(out / name) for name in PLOTS)}", flush=True)
-    return found | {"cells": cells, "runs": len(rest), "largest": largest["loss"]}
+    if not (lesson := spent(cfg)):
+        return {}
+    loss = {(c["architecture"], c["width"], c["flops"]): c["loss"] for c in cells}
+    told = [
+        {"compute": how, "width": w, "flops": c} | {kind: loss[kind, w, c] for kind in get_args(Architecture)}
+        for how, (w, c) in lesson.items()
+    ]
+    print(f"\nWhat more compute buys, and what the architecture (nats):\n{table(told)}")
+    known = [c for c in cells if c["architecture"] == "gpt" and c["width"] != cfg.left_out[0]]
+    largest = [c for c in cells if c["width"] == cfg.left_out[0]]
+    points = Points(*(np.array([float(c[k]) for c in known]) for k in ("params", "tokens", "loss")))
+    found = fitted(points, out, *((c["params"], c["tokens"]) for c in largest))
+    for c in largest:
+        print(f"it has {c['loss']:.4f}")
+    print(f"see {', '.join(str(out / name) for name in PLOTS)}", flush=True)
+    return found | {"lesson": told, "largest": largest[0]["loss"] if largest else None}
 
 
 def claim(cfg: Config) -> None:
     """The least loss by compute is a power law, and L(N, D) predicts the largest model, which it has not seen."""
     found = main(cfg)
     r2, off = found["by_compute"]["r2"], abs(found["predicted"] / found["largest"] - 1)
-    loss = {(c["architecture"], c["width"], c["flops"]): c["loss"] for c in found["cells"]}
-    start, more = cfg.budgets[:2]
-    gain = min(loss["no attention", w, more] for w in cfg.weaker) - loss["gpt", cfg.weaker[0], start]
-    least = f"least loss by compute, {found['runs']} runs: R^2 of the power law"
-    without = f"{more / start:g} x the compute without attention, behind attention (nats)"
+    start, *more = found["lesson"]
+    gain = min(one["no attention"] for one in more) - start["gpt"]
+    without = f"{more[0]['flops'] / start['flops']:g} x the compute without attention, behind attention (nats)"
     figures = [
-        Figure(least, {cfg.seed: r2}, "a line", least=0.98),
+        Figure(f"least loss by compute, {found['runs']} runs: R^2", {cfg.seed: r2}, "a line", least=0.98),
         Figure("loss of the left-out largest model, off L(N, D) (%)", {cfg.seed: 100 * off}, "none", most=2),
         Figure(without, {cfg.seed: gain}, "none", least=0.1),
     ]

@@ -50,7 +50,7 @@ class GptConfig:
 
     @property
     def attention_scale(self) -> float | None:
-        """muP's, of attention's products: falls as 1 / K, and is the usual 1 / sqrt(K), meant by None, at base_width."""
+        """muP's, of attention's products: falls as 1 / K; at base_width it is the usual 1 / sqrt(K), meant by None."""
         return math.sqrt(self.base_width * self.heads) / self.width if self.base_width else None
 
 

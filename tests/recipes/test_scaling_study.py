@@ -90,6 +90,29 @@ def test_the_grid(tmp_path):
     assert len(others) == 6 and all({"architecture": "gpt", "width": w, "flops": f} in cells for _, w, f in others)
 
 
+def test_one_budget_is_trained_and_nothing_fitted(books, tmp_path, capsys):
+    """As several processes do, of one run."""
+    out = tmp_path / "one"
+    cfg = replace(DEBUG, data=books, out=str(out), widths=(8,), budgets=(2e7,), left_out=(0, 0))
+    assert study.main(cfg) == {}
+    assert len((out / "points.csv").read_text().splitlines()) == 2 and not (out / "fits.json").exists()
+
+
+def test_nothing_left_out(tmp_path, monkeypatch, capsys):
+    def made(cfg, cells, measure):
+        return [
+            c | {"params": n, "tokens": c["flops"] / n, "loss": 2 + 9 / n**0.5 + 1e7 / c["flops"]}
+            for c in cells
+            for n in [c["width"] ** 2]
+        ]
+
+    monkeypatch.setattr(study, "grid", made)
+    found = study.main(replace(DEBUG, out=str(tmp_path), left_out=(0, 0)))
+    assert found["runs"] == len(DEBUG.widths) * len(DEBUG.budgets) and "predicted" not in found
+    said = capsys.readouterr().out
+    assert "What more compute buys" in said and "on width" in said
+
+
 def test_what_an_architecture_is_not_told(books):
     torch.manual_seed(0)
     batch = study.rows_of(replace(DEBUG, data=books))[0].batch(*2 * [torch.zeros(1, dtype=torch.int).numpy()])
@@ -133,9 +156,8 @@ def test_anybodys_points(tmp_path, capsys):
     ],
 )
 def test_what_the_claim_demands(tmp_path, monkeypatch, r2, largest, without, shown):
-    losses = {"gpt": 2.3, "no attention": without, "no positions": 2.4}
-    cells = [c | {"loss": losses[c["architecture"]]} for c in study.cells_of(DEBUG)]
-    found = {"by_compute": {"r2": r2}, "predicted": 2.0, "largest": largest, "runs": 9, "cells": cells}
+    lesson = [{"flops": c, "gpt": 2.3, "no attention": without} for c in (1e7, 2e7, 2e7)]
+    found = {"by_compute": {"r2": r2}, "predicted": 2.0, "largest": largest, "runs": 9, "lesson": lesson}
     monkeypatch.setattr(study, "main", lambda cfg: found)
     monkeypatch.setattr(rundir, "environment", lambda: ({}, b""))
     with contextlib.nullcontext() if all(shown) else pytest.raises(SystemExit):

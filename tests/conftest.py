@@ -17,9 +17,10 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["DLTRAIN_CACHE"] = cache.name
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def fork_server():
     """A process has one fork server: start that of `worlds` before a test starts one that has imported less."""
-    if (worlds := sys.modules.get("worlds")) and not session.config.option.collectonly:
+    if worlds := sys.modules.get("worlds"):
         worlds.serve()
 
 

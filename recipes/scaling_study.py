@@ -34,9 +34,9 @@ class Config(dltrain.Config):
     data: str = ""  # folder of train.jsonl.gz and valid.jsonl.gz, by default $DLTRAIN_DATA/gutenberg-en; or shards
     text: int = 1 << 24  # bytes of the training text; 0: all
     unseen: int = 2048  # held-out rows, from all over the held-out text
-    widths: tuple[int, ...] = (8, 12, 16, 20, 24, 28)
+    widths: tuple[int, ...] = (6, 8, 12, 16, 20, 24, 28)
     budgets: tuple[float, ...] = (1.2e10, 3.6e10, 1.1e11, 3.3e11)  # FLOPs, 6 N D
-    ratio: tuple[float, float] = (10, 300)  # D / N: of a budget those widths are trained for which it lies between
+    ratio: tuple[float, float] = (30, 350)  # D / N: of a budget those widths are trained for which it lies between
     left_out: tuple[int, float] = (32, 6.6e11)  # width and FLOPs of the run that the others predict; 0 0: none
     weaker: tuple[int, ...] = (12, 24)  # widths that are also trained without attention, and without positions
     architecture: Architecture = "gpt"  # of one run

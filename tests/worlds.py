@@ -13,8 +13,11 @@ from typing import Any
 _context = mp.get_context("forkserver")
 os.environ["DS_ACCELERATOR"] = "cpu"
 _context.set_forkserver_preload(
-    ["toy", "torch._dynamo", "torch.utils.tensorboard", "deepspeed", "webdataset.compat", "dltrain.data.loader"]
-)
+    [
+        "toy", "torch._dynamo", "torch.utils.tensorboard", "deepspeed", "webdataset.compat", "dltrain.data.loader",
+        "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg",
+    ]
+)  # fmt: skip
 
 
 @functools.cache

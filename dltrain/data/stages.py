@@ -110,7 +110,7 @@ class _Feed:
         for number, sample in self.seeded:
             random.seed(number)
             np.random.seed(number % 2**32)
-            torch.manual_seed(number % 2**63)
+            torch.default_generator.manual_seed(number % 2**63)  # not the GPUs, which stages leave alone
             yield sample
 
 

@@ -39,7 +39,7 @@ def test_windows_of_a_folder_and_of_shards(tmp_path):
     assert (len(train), len(unseen)) == (3, 5)
     rows = unseen.batch(np.zeros(5, int), np.arange(5))["ids_BL"]
     assert bytes(rows[:, 0].tolist()) == b"04826"  # spread over the whole text
-    train, unseen = byte_windows("embedded:docs", 16, unseen=10)
+    train, unseen = byte_windows("embedded:topics", 16, unseen=10)
     assert len(unseen) == 10 and len(train) > 8 * len(unseen)
 
 

@@ -80,19 +80,20 @@ class Doctor:
     def _run(self) -> None:
         with contextlib.suppress(OSError):  # then peers know nothing of a rank that is stopped
             self.note = note.Note(self.out, self.me.rank)
-        looks, failed = 0, False
-        while not self.ended.wait(min(1.0, max(self.leave_at - time.time(), 0.01)) if self.leave_at else 1.0):
+        looks, failed, pause = 0, False, 0.0  # at once: a rank that is stopped in its first second has left a note
+        while not self.ended.wait(pause):
             looks += 1
             try:
                 self._look()
                 if looks % self.board.every == 0:
                     self._consult()
             except OSError:  # the folder: full, read-only, gone
-                continue
+                pass
             except Exception:  # peers would take the rank of a doctor that died for one that hangs
                 if not failed:
                     traceback.print_exc()
                 failed = True
+            pause = min(1.0, max(self.leave_at - time.time(), 0.01)) if self.leave_at else 1.0
         if self.note:
             self.note.close()
         with contextlib.suppress(OSError):

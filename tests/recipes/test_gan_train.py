@@ -186,6 +186,7 @@ def test_dcgan_on_shards_of_images(tmp_path):
 
 
 @pytest.mark.data
+@pytest.mark.long  # makes the shards of both, which tests/convert does in small
 @pytest.mark.skipif("DLTRAIN_DATA" not in os.environ, reason="DLTRAIN_DATA names no folder")
 @pytest.mark.parametrize(("preset", "rows"), [("mnist", 60_000), ("gpu", 50_000)])
 def test_published_images(preset, rows):

@@ -27,7 +27,7 @@ def test_one_process_per_task_on_two_nodes(cluster, tmp_path):
 
 
 def test_one_failing_process_ends_the_job(cluster, tmp_path):
-    job = cluster.submit(tmp_path, "--nodes=2", TRAIN, ALL_REDUCE, tmp_path, "--fail", 1)
+    job = cluster.submit(tmp_path, "--nodes=2", TRAIN, ALL_REDUCE, tmp_path, "--fail", 1, SLURM_WAIT="8")
     state, output = cluster.finish(job, tmp_path)
     assert state == "FAILED", output
     assert "n2: task 1: Exited with exit code 3" in output

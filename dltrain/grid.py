@@ -44,8 +44,8 @@ def grid(
     settings = rundir.plain(dataclasses.asdict(cfg) | {"out": ""})
     paths = [folder / f"{digest(settings | {'cell': rundir.plain(cell)})}.json" for cell in cells]
     task, first, tasks = (int(env.get(f"SLURM_ARRAY_TASK_{k}", n)) for k, n in (("ID", 0), ("MIN", 0), ("COUNT", 1)))
-    jobs = _jobs(env) if tasks == 1 else 1
-    if jobs > 1 and not all(path.exists() for path in paths):
+    jobs = min(_jobs(env), sum(not path.exists() for path in paths))
+    if jobs > 1 and tasks == 1:
         _share_out(jobs, paths)
     mine = list(zip(cells, paths, strict=True))[task - first :: tasks]
     missing, failed = [(cell, path) for cell, path in mine if not path.exists()], []

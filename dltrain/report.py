@@ -1,13 +1,8 @@
-"""Run directory -> one self-contained HTML page: no script, nothing fetched, light and dark.
-
-The only importer of matplotlib.
-"""
+"""Run directory -> one self-contained HTML page: no script, nothing fetched, light and dark."""
 
 import base64
-import io
 import math
 import os
-import re
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -17,13 +12,8 @@ from typing import Any, Literal
 
 from dltrain import rundir
 from dltrain.errors import UserError
-from dltrain.meter import duration, human
-
-_COUNTERS = {"step", "time", "epoch", "tokens", "rows", "samples"}  # straight lines: not worth a chart
-_FIRST = ["loss", "lr", "grad_norm"]  # the charts that everyone looks for, in this order
-_NAMES = {"lr": "learning rate", "grad_norm": "gradient norm", "mfu": "MFU", "memory_gib": "memory (GiB)"}
-Row = dict[str, Any]
-Curve = tuple[list[float], list[float]]  # steps, values
+from dltrain.meter import duration
+from dltrain.report_charts import Row, charts, is_rate, label, number, show, value_of
 
 
 def report(out: Path) -> Path:
@@ -54,7 +44,7 @@ def report(out: Path) -> Path:
         _tiles(metrics, speed),
         _results(results),
         _section("Pictures", "".join(_picture(out / name) for name in results.get("pictures", []))),
-        _charts(metrics, speed),
+        charts(metrics, speed),
         _section(
             "Command", f"<pre>{escape(command.read_text(errors='replace').strip())}</pre>" if command.exists() else ""
         ),
@@ -102,7 +92,7 @@ def _farewell(out: Path, before: bool) -> str:
     lines = ["", f"{done} On held-out data, beside the baseline:"]
     for f in results["figures"]:
         verdict = "better" if _beats(f) else "NOT better"
-        lines.append(f"  {f['name']:<20} {_number(f['value']):.3f}   baseline {_number(f['baseline']):.3f}   {verdict}")
+        lines.append(f"  {f['name']:<20} {number(f['value']):.3f}   baseline {number(f['baseline']):.3f}   {verdict}")
     if results["samples"]:
         lines.append("Filled in:")
         lines += [f"  {s['masked']}\n      -> {s['filled']}   (it was: {s['truth']})" for s in results["samples"]]
@@ -117,25 +107,6 @@ def _optional(path: Path) -> dict[str, Any]:
     return found
 
 
-def _number(value: Any) -> float:
-    """A logged number, or NaN for what is none."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
-
-
-def _show(value: Any) -> str:
-    """Any JSON value as escaped text."""
-    if isinstance(value, dict):
-        return "; ".join(f"{escape(str(key))} {_show(item)}" for key, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(_show, value)) or "n/a"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return "n/a" if value is None else escape(str(value)) or "none"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
-
-
 def _verdict(config: Row, rows: list[Row], speed: list[Row], results: Row) -> str:
     """One sentence or two: how far the run is, and whether it beat its baselines."""
     last, total = max((row["step"] for row in rows), default=0), config.get("steps")
@@ -147,7 +118,7 @@ def _verdict(config: Row, rows: list[Row], speed: list[Row], results: Row) -> st
         progress = f"Step {last:,}" + (
             f" of {total:,} ({last / total:.0%})." if isinstance(total, int) and total else "."
         )
-        eta = _number(speed[-1].get("eta_seconds")) if speed else math.nan
+        eta = number(speed[-1].get("eta_seconds")) if speed else math.nan
         progress += f" {duration(eta)} to go when last logged." if math.isfinite(eta) else ""
     figures = results.get("figures", [])
     if figures:
@@ -162,35 +133,16 @@ def _tiles(metrics: list[Row], speed: list[Row]) -> str:
     newest: Row = {}
     for row in metrics:
         newest |= row
-    newest |= {key: value for key, value in (speed[-1] if speed else {}).items() if _is_rate(key) or key == "mfu"}
+    newest |= {key: value for key, value in (speed[-1] if speed else {}).items() if is_rate(key) or key == "mfu"}
     newest.pop("step", None)
-    cells = (f"<div><dt>{escape(_label(key))}</dt><dd>{_value(key, value)}</dd></div>" for key, value in newest.items())
+    cells = (
+        f"<div><dt>{escape(label(key))}</dt><dd>{value_of(key, value)}</dd></div>" for key, value in newest.items()
+    )
     return f"<dl class=tiles>{''.join(cells)}</dl>" if newest else ""
 
 
-def _is_rate(key: str) -> bool:
-    return key.endswith("_per_second")
-
-
-def _value(key: str, value: Any) -> str:
-    """A logged value in the form that its kind is read in."""
-    number = _number(value)
-    if not math.isfinite(number):
-        return _show(value)
-    if key == "lr":
-        return f"{number:.2e}".replace("e-0", "e-") if number else "0"
-    if key == "mfu":
-        return f"{number:.1%}"
-    return human(number) if _is_rate(key) or abs(number) >= 1e6 else _show(value)
-
-
-def _label(key: str) -> str:
-    *where, name = key.split("/")
-    return " ".join([*where, _NAMES.get(name, name.replace("_per_second", "/s").replace("_", " "))])
-
-
 def _beats(figure: Row) -> bool:
-    value, baseline = _number(figure.get("value")), _number(figure.get("baseline"))
+    value, baseline = number(figure.get("value")), number(figure.get("baseline"))
     return value > baseline if figure.get("better") == "higher" else value < baseline
 
 
@@ -198,8 +150,8 @@ def _results(results: Row) -> str:
     rows = []
     for figure in results.get("figures", []):
         good, verdict = ("good", "✓ better") if _beats(figure) else ("bad", "✗ not better")
-        cells = f"<th scope=row>{escape(str(figure.get('name')))}</th><td class=num>{_show(figure.get('value'))}</td>"
-        cells += f"<td class=num>{_show(figure.get('baseline'))}</td><td class={good}>{verdict}</td>"
+        cells = f"<th scope=row>{escape(str(figure.get('name')))}</th><td class=num>{show(figure.get('value'))}</td>"
+        cells += f"<td class=num>{show(figure.get('baseline'))}</td><td class={good}>{verdict}</td>"
         rows.append(f"<tr>{cells}<td class=dim>{escape(str(figure.get('better', 'lower')))} is better</td></tr>")
     head = "<tr><th>figure<th class=num>this run<th class=num>baseline<th><th></tr>"
     table = (
@@ -231,99 +183,8 @@ def _picture(path: Path) -> str:
     return f"<figure><a href='{escape(path.name)}'>{image}</a></figure>"
 
 
-def _charts(metrics: list[Row], speed: list[Row]) -> str:
-    """One chart per metric, training and evaluations together: `loss`, `eval/loss` and `eval/wiki/loss` share one."""
-    charts: dict[str, dict[str, Curve]] = {}
-    for row in metrics:
-        for key in row.keys() - _COUNTERS:
-            where, _, name = key.rpartition("/")
-            steps, values = charts.setdefault(name, {}).setdefault(where or "train", ([], []))
-            steps.append(row["step"])
-            values.append(_number(row[key]))
-    for row in speed:
-        for key in row:
-            if _is_rate(key):
-                steps, values = charts.setdefault(key, {}).setdefault("train", ([], []))
-                steps.append(row["step"])
-                values.append(_number(row[key]))
-    order = sorted(charts, key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))
-    return f"<div class=charts>{''.join(_chart(name, charts[name]) for name in order)}</div>" if charts else ""
-
-
-def _chart(name: str, curves: dict[str, Curve]) -> str:
-    legend = []
-    ordered = sorted(curves, key=lambda where: (where != "train", where))
-    for i, where in enumerate(ordered):
-        values = curves[where][1]
-        bad = sum(not math.isfinite(value) for value in values)
-        text = (f"{where} " if len(curves) > 1 else "") + _value(name, values[-1])
-        text += f" ({bad} not finite)" if bad else ""
-        legend.append(f"<span><i style='background:var(--c{i % 4})'></i>{escape(text)}</span>")
-    caption = f"<figcaption><b>{escape(_label(name))}</b>{''.join(legend)}</figcaption>"
-    return f"<figure>{caption}{_svg(name, [curves[where] for where in ordered])}</figure>"
-
-
-def _svg(name: str, curves: list[Curve]) -> str:
-    """Lines and ticks alone, in the page's own colours and font, so that one drawing serves both themes."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    ink, grid, *colours = [f"#01010{i}" for i in range(6)]  # stand for the page's variables
-    with matplotlib.rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 8.5, "axes.formatter.useoffset": False}
-    ):
-        figure = Figure(figsize=(4.8, 2.5), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        for i, curve in enumerate(curves):
-            steps, low, mean, high = _thin(curve)
-            axes.fill_between(steps, low, high, color=colours[i % 4], alpha=0.25, linewidth=0)
-            marker = "o" if len(steps) < 30 else None
-            axes.plot(steps, mean, color=colours[i % 4], linewidth=1.4, marker=marker, markersize=2.5)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(grid)
-        finite = [y for _, values in curves for y in values if math.isfinite(y)] or [0.0]
-        if max(finite) > 50 * min(finite) > 0 and name != "lr":
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-        if _is_rate(name):
-            axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _tick(y)))
-        axes.set_xlabel("steps", color=ink, loc="right")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tick(x)))
-        axes.tick_params(which="both", colors=ink, length=0)
-        axes.grid(axis="y", color=grid, linewidth=0.6)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True)
-    svg = re.sub(r"(?s)^.*?(?=<svg)|<metadata>.*?</metadata>|<!--.*?-->", "", text.getvalue())
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # figure_1, axes_1, ...: the same in every chart
-    svg = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"| xmlns(:xlink)?="[^"]*"', "", svg)
-    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)  # hundredths of a point do
-    for stand_in, variable in zip([ink, grid, *colours], ("dim", "rule", "c0", "c1", "c2", "c3")):
-        svg = svg.replace(stand_in, f"var(--{variable})")
-    return re.sub(r"\s*\n\s*", "\n", svg).replace("<svg", f'<svg role="img" aria-label="{escape(_label(name))}"', 1)
-
-
-def _tick(x: float) -> str:
-    """1200 -> 1.2K, 50000 -> 50K."""
-    return re.sub(r"\.?0+(?=[A-Z]$)", "", human(x)) if "." in human(x) else human(x)
-
-
-def _thin(curve: Curve, most: int = 400) -> tuple[list[float], list[float], list[float], list[float]]:
-    """Steps, minimum, mean and maximum of at most `most` groups of neighbours: no spike is lost."""
-    steps, values = curve
-    size = -(-len(steps) // most)
-    starts = range(0, len(steps), size)
-    groups = [[y for y in values[i : i + size] if math.isfinite(y)] or [math.nan] for i in starts]
-    means = [sum(group) / len(group) for group in groups]
-    return [steps[min(i + size, len(steps)) - 1] for i in starts], [*map(min, groups)], means, [*map(max, groups)]
-
-
 def _table(values: Row, note: str = "") -> str:
-    rows = (f"<tr><th scope=row>{escape(key)}</th><td>{_show(value)}</td></tr>" for key, value in values.items())
+    rows = (f"<tr><th scope=row>{escape(key)}</th><td>{show(value)}</td></tr>" for key, value in values.items())
     after = f"<p class=dim>{escape(note)}</p>" if note else ""
     return f"<div class=scroll><table class=facts>{''.join(rows)}</table></div>{after}" if values else ""
 
@@ -345,8 +206,8 @@ def _events(events: list[Row], most: int = 200) -> str:
     rows = []
     for event in events[-most:]:
         rest = {key: value for key, value in event.items() if key not in ("time", "kind") and value not in ({}, [])}
-        kind = f"<td class=when>{_time(event.get('time'))}</td><th scope=row>{_show(event.get('kind'))}</th>"
-        rows.append(f"<tr>{kind}<td class=wrap>{_show(rest)}</td></tr>")
+        kind = f"<td class=when>{_time(event.get('time'))}</td><th scope=row>{show(event.get('kind'))}</th>"
+        rows.append(f"<tr>{kind}<td class=wrap>{show(rest)}</td></tr>")
     earlier = f"<p class=dim>{len(events) - most:,} earlier ones are in events.jsonl.</p>" if len(events) > most else ""
     return f"{earlier}<div class='scroll tall'><table>{''.join(rows)}</table></div>" if rows else ""
 

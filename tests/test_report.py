@@ -11,7 +11,8 @@ import pytest
 from dltrain import rundir
 from dltrain.errors import UserError
 from dltrain.log import Log
-from dltrain.report import _svg, _thin, report
+from dltrain.report import report
+from dltrain.report_charts import _svg, _thin
 
 VOID = {"meta", "img", "br", "hr", "th", "link"}  # the table head leaves its cells open, as HTML allows
 

@@ -1,10 +1,12 @@
 """Evaluation: sums over every row once, on any number of processes, the same bits."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from dltrain import rundir
 from dltrain.data.loader import Rows, n_micro, nth
 from dltrain.lanes import all_gather
 from dltrain.run import Run
@@ -53,3 +55,14 @@ def evaluate_all(run: Run, task: nn.Module, evals: Mapping[str, Rows]) -> dict[s
         run.report_eval(name, means)
     run.unevaluated = False
     return figures
+
+
+def evaluated(run: Run, evals: Mapping[str, Rows]) -> dict[str, dict[str, float]]:
+    """What `evaluate_all` logged after the last step, of a run that is done; {} of any other."""
+
+    def read() -> dict[str, dict[str, float]]:
+        rows = [row for row in rundir.read_rows(Path(run.cfg.out) / "metrics.jsonl") if row["step"] == run.cfg.steps]
+        values = {k: float(v) for row in rows for k, v in row.items()}
+        return {name: {k[len(name) + 1 :]: v for k, v in values.items() if k.startswith(f"{name}/")} for name in evals}
+
+    return run.first(read) if run.step_done == run.cfg.steps else {}

@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dltrain.data.loader import Rows
-from dltrain.evaluation import evaluate_all
+from dltrain.evaluation import evaluate_all, evaluated
 from dltrain.run import Run
 
 
@@ -19,13 +19,13 @@ def fit(
     data: Iterator[list[Any]],
     evals: Mapping[str, Rows] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Train until `cfg.steps`, from wherever the run was. Returns the last evaluations, {} if the run was done before.
+    """Train until `cfg.steps`, from wherever the run was. Returns the evaluations after the last step.
 
     A task maps a micro-batch to sums, "loss" among them; `batch["count"]` says over how many items. `schedule` maps a
     step to a multiplier of the learning rate. `evals` are held-out rows by the name under which their means are logged.
     """
     cfg, evals = run.cfg, evals or {}
-    figures = evaluate_all(run, task, evals) if run.unevaluated else {}
+    figures = evaluate_all(run, task, evals) if run.unevaluated else evaluated(run, evals)
     for step in run.steps():
         multiplier = schedule(step)
         for group in optimizer.param_groups:

@@ -63,6 +63,17 @@ def figure(name: str, value: float, baseline: float, better: Literal["lower", "h
     return {"name": name, "value": value, "baseline": baseline, "better": better}
 
 
+def concluded(run: Any) -> bool:
+    """Whether an earlier launch has concluded this run, and was not killed before. Called by all processes."""
+    out = Path(run.cfg.out)
+
+    def look() -> bool:
+        written = (out / "results.json").exists() and (out / "report.html").exists()
+        return written and rundir.read_json(out / "results.json").get("step") == run.restored.get("step")
+
+    return run.restored.get("step") == run.cfg.steps and run.first(look)
+
+
 def conclude(run: Any, results: Callable[[], dict[str, Any]]) -> None:
     """At the end of a run, on its first process: write `results()` to results.json, and report.html.
 
@@ -71,7 +82,7 @@ def conclude(run: Any, results: Callable[[], dict[str, Any]]) -> None:
     run.settle()
 
     def write() -> None:
-        rundir.write_json(Path(run.cfg.out) / "results.json", results())
+        rundir.write_json(Path(run.cfg.out) / "results.json", {"step": run.cfg.steps} | results())
         report(Path(run.cfg.out))
 
     run.first(write)

@@ -188,6 +188,7 @@ class Run(Resumable):
         count = sum(int(m.batch["count"]) for m, lane in zip(micros, lanes, strict=True) if lane < n)
         if self.strategy.begin(count, self._no_data):
             self.leave_by_signal()
+        self._tell()
         self.sums: dict[int, Tensor] = {}
         for micro, lane in zip(micros, lanes, strict=True):
             self._at = (lane, micro.part == parts - 1)
@@ -228,7 +229,7 @@ class Run(Resumable):
         """Combine the lanes, divide once by the global count, clip, update. Returns the gradient's norm."""
         self.speed.mark("rest")
         added = self.gather_lanes([self.sums[lane] for lane in self.strategy.mine]).sum(0)
-        self._asked = float(added[len(self.names) + 2]) if self.me.world > 1 else 0.0  # waits for the device
+        self._asked = self._told(added[len(self.names) + 2])
         if self._asked >= NO_DATA:
             self.leave_by_signal()
         n = len(self.names)
@@ -246,6 +247,22 @@ class Run(Resumable):
         if self.cfg.check_replicas and self.step_done % self.cfg.check_replicas == 0:
             replicas.check(self, self.strategy.tensors(), self.strategy.copies(), self.step_done)
         return torch.where(good, norm.to(self.device), torch.nan)  # no more of a bad step than the record knows
+
+    def _tell(self) -> None:
+        """Where devices compute, hosts tell one another of signals beside them: nobody waits for a device's sums."""
+        if self.aside is not None:
+            note = torch.tensor([bool(self.signals.name) + NO_DATA * self._no_data])
+            self._note = note, dist.all_reduce(note, group=self.aside, async_op=True)
+
+    def _told(self, in_sums: Tensor) -> float:
+        """How many processes ask to stop, from their notes, which came as the step began, or from the step's sums."""
+        if self.me.world == 1:
+            return 0.0
+        if self.aside is None:
+            return float(in_sums)
+        note, work = self._note
+        work.wait()  # type: ignore[union-attr]
+        return float(note)
 
     def gather_lanes(self, mine: list[Tensor]) -> Tensor:
         """A tensor for each of the own lanes, all of one shape -> [lanes, ...]: all of them, in order, everywhere."""

@@ -18,11 +18,13 @@ T = TypeVar("T")
 
 
 class World:
-    """The processes of a launch. `me` is this one's place among them; `group` is of all, for tensors on the CPU."""
+    """The processes of a launch. `me` is this one's place among them; `group` is of all, for tensors on the CPU, as is
+    `aside`, where they compute on GPUs: for what one host tells the others while its device is at work."""
 
     def __init__(self) -> None:
         self.me = launch.detect(os.environ)
         self.group: Any = None
+        self.aside: Any = None
 
     def join(self) -> None:
         """Find the device and the others."""
@@ -37,6 +39,7 @@ class World:
             timeout=datetime.timedelta(minutes=30),
         )
         self.group = dist.new_group(backend="gloo")
+        self.aside = dist.new_group(backend="gloo") if self.device.type == "cuda" else None
 
     def join_alone(self) -> None:
         """A process group of one, which sharding asks for."""

@@ -87,7 +87,7 @@ from dltrain.models import cloze
 from dltrain.models.bert import BertConfig, BertPretraining
 from dltrain.models.exchange import to_huggingface, weights_for, write_huggingface
 from dltrain.optim import adamw
-from dltrain.report import conclude, farewell, figure
+from dltrain.report import conclude, concluded, farewell, figure
 from dltrain.schedules import linear
 from dltrain.seeds import key
 from dltrain.tokenizers.spm import Tokenizer
@@ -216,7 +216,7 @@ def main(cfg: Config) -> None:
         start = (lambda: weights_for(model_config(cfg), cfg.init, prefix="model.")) if cfg.init else None
         task, optimizer = run.prepare(does.task, does.optimizer, start)
         means = dltrain.fit(run, task, optimizer, schedule, run.batches(rows), evals={"eval": unseen})
-        if means:  # none if the run was done before
+        if not concluded(run):
 
             def results() -> dict[str, Any]:
                 (loss, accuracy), found = unigram(cfg, unseen), means["eval"]

@@ -78,7 +78,7 @@ from dltrain.errors import UserError
 from dltrain.flops import Work
 from dltrain.models.gan import ImageCritic, ImageGenerator, PointCritic, PointGenerator
 from dltrain.optim import Builder, take_turns
-from dltrain.report import conclude
+from dltrain.report import conclude, concluded
 from dltrain.rundir import write_atomic
 from dltrain.seeds import key
 from dltrain.strategy import materialise
@@ -202,7 +202,7 @@ def main(cfg: Config) -> None:
         rows, does = run.everywhere(lambda: rows_of(cfg)), work(cfg)
         run.measure(does)
         players, optimizer = run.prepare(does.task, does.optimizer)
-        index_N, fakes = np.arange(min(4096, len(rows))), dict[str, Tensor]()
+        index_N = np.arange(min(4096, len(rows)))
         known, data = rows.batch(np.zeros_like(index_N), index_N), run.batches(rows)
         for step in run.steps():
             rounds, place = divmod(step, cfg.critic_steps + 1)
@@ -216,11 +216,11 @@ def main(cfg: Config) -> None:
             if run.due(cfg.log_every):
                 run.report(grad_norm=norm)
             if run.due(cfg.eval_every):
-                fakes = sample(run, players, known)
-                run.report_eval("eval", measure(fakes, real_of(known)))
+                run.report_eval("eval", measure(sample(run, players, known), real_of(known)))
             if run.due(cfg.save_every):
                 run.save()
-        if fakes:  # none if the run was done before
+        if not concluded(run):
+            fakes = sample(run, players, known)
             run.first(lambda: write_atomic(Path(cfg.out) / "samples.png", picture(fakes, real_of(known))))
             conclude(run, lambda: {"figures": [], "samples": [], "pictures": ["samples.png"]})
         run.say(f"\nSamples        {cfg.out}/samples.png\nReport         {cfg.out}/report.html")

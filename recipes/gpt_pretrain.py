@@ -108,7 +108,7 @@ from dltrain.models.gpt import Gpt, GptConfig, generate
 from dltrain.models.gpt_exchange import to_huggingface, weights_for
 from dltrain.optim import adamw
 from dltrain.progress import track
-from dltrain.report import conclude, farewell, figure
+from dltrain.report import conclude, concluded, farewell, figure
 from dltrain.schedules import cosine
 from dltrain.tokenizers import spm
 from dltrain.tokenizers.chars import Chars
@@ -234,7 +234,7 @@ def main(cfg: Config) -> None:
         run.measure(does)
         task, optimizer = run.prepare(does.task, does.optimizer, (lambda: start(cfg)) if cfg.init else None)
         means = dltrain.fit(run, task, optimizer, schedule, run.batches(rows), evals={"eval": unseen})
-        if means:  # none if the run was done before
+        if not concluded(run):
             conclude(run, lambda: results(cfg, run.weights(), means["eval"]["loss"]))
         farewell(run, NEXT)
 

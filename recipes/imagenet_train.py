@@ -127,7 +127,7 @@ from dltrain.models.image import image_model
 from dltrain.models.speedrun import whitening
 from dltrain.optim import Builder, lars, sgd
 from dltrain.plot import curves
-from dltrain.report import conclude, farewell, figure
+from dltrain.report import conclude, concluded, farewell, figure
 from dltrain.rundir import write_atomic
 from dltrain.schedules import constant, cosine, linear, staircase
 
@@ -209,7 +209,7 @@ def main(cfg: Config) -> None:
         whiten = partial(first_layer, cfg, rows) if cfg.model == "speedrun" else None
         task, optimizer = run.prepare(does.task, does.optimizer, whiten)
         means = dltrain.fit(run, task, optimizer, schedule, run.batches(rows), evals)
-        if means:  # none if the run was done before
+        if not concluded(run):
             conclude(run, lambda: results(cfg, run.weights(), means["eval"]))
         farewell(run)
 

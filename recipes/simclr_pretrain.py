@@ -89,7 +89,7 @@ from dltrain.models.image import image_model
 from dltrain.models.simclr import ProjectionHead, nt_xent
 from dltrain.optim import adamw, lars
 from dltrain.probe import features, linear, nearest, neighbours
-from dltrain.report import conclude
+from dltrain.report import conclude, concluded
 from dltrain.rundir import write_atomic
 from dltrain.schedules import cosine
 
@@ -202,7 +202,8 @@ def main(cfg: Config) -> None:
                 run.report_eval("eval", figures)
             if run.due(cfg.save_every):
                 run.save()
-        if picture:  # none if the run was done before
+        if not concluded(run):
+            picture = picture or judged(run, cfg, task, learn, unseen)[1]
             run.first(lambda: write_atomic(Path(cfg.out) / "neighbours.png", picture))
             conclude(run, lambda: {"figures": [], "samples": [], "pictures": ["neighbours.png"]})
         run.say(f"\nNeighbours     {cfg.out}/neighbours.png\nReport         {cfg.out}/report.html")

@@ -58,7 +58,7 @@ def test_under_mup_a_step_moves_wide_networks_as_much_as_narrow_ones():
     ("best", "growth", "shown"),
     [
         ({"muP": (-6, -6), "standard": (-6, -9)}, (0.1, 1.5), [True] * 4),
-        ({"muP": (-6, -8), "standard": (-6, -7)}, (0.3, 0.3), [False] * 4),
+        ({"muP": (-6, -8), "standard": (-6, -7)}, (0.6, 0.6), [False] * 4),
         ({"muP": (-6, -5), "standard": (-6, -4)}, (0.1, 1.5), [True] * 4),
     ],
 )

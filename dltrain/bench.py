@@ -43,7 +43,7 @@ from dltrain.seeds import seed_step
 from dltrain.strategy import Lanes
 
 
-def overhead(turns: int = 24, steps: int = 10) -> dict[str, Any]:
+def overhead(turns: int = 60, steps: int = 10) -> dict[str, Any]:
     """`fit` and the bare loop take turns of `steps` steps: the schedule, which fit asks at each step, hands over."""
     cfg = dataclasses.replace(bert.PRESETS["tiny"], steps=(turns + 1) * steps, log_every=10, save_every=0, eval_every=0)
     rows, _ = bert.data(cfg)

@@ -12,8 +12,9 @@ width both are the same network.
 Departs from the paper: bytes of books, one layer, one head, which grows with the width; the weights of the output are
 the embedding's; queries do not begin at zero; a coordinate's change is from its first value.
 
-A grid of runs, each resumed exactly, under any strategy; `sbatch --array` deals them (dltrain/grid.py). Measured: the
-coordinate check (docs/scaling.md). The sweep, and `gpu`, which should show the same, are not yet measured.
+A grid of runs, each resumed exactly, under any strategy; `sbatch --array` deals them (dltrain/grid.py). Measured: from
+width 64 to 512 the best rate moves by one factor of two under muP and by two without (docs/scaling.md). `gpu`, which
+should show the same to width 2048, is not yet measured.
 """
 
 from dataclasses import dataclass, replace

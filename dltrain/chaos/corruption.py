@@ -118,7 +118,7 @@ def _missed(folder: Path, want: dict[str, Tensor], older: str, name: str) -> str
     return ""
 
 
-def cost(folder: Path, mebibytes: int = 256, times: int = 9) -> dict[str, Any]:
+def cost(folder: Path, mebibytes: int = 512, times: int = 15) -> dict[str, Any]:
     """Seconds to load a checkpoint of that size from the page cache without verification and with it, in turns."""
     torch.set_num_threads(1)
     tensors = {f"model/{i}": torch.randn(1 << 22) for i in range(mebibytes // 16)}

@@ -218,7 +218,10 @@ def test_the_backends_own_reduction_agrees_to_rounding(tmp_path, strategy):
 
 @needs_compiler
 @pytest.mark.compiler
-@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "strategy",
+    [pytest.param("zero1", marks=pytest.mark.long), "zero2", pytest.param("zero3", marks=pytest.mark.long)],
+)
 def test_deepspeed_agrees_to_rounding_and_resumes_exactly(tmp_path, strategy):
     how = {"lanes": 2, "idle": False}  # DeepSpeed wants every parameter in the loss
     run(tmp_path / "ddp", 2, "ddp", **how)

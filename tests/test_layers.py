@@ -15,6 +15,7 @@ bench
 recipes
 __main__
 commands report debug prove claim grid plot chaos scaling scaling_report throughput plan
+report_charts
 convert
 loop
 evaluation probe coupled
@@ -41,7 +42,7 @@ OWNERS = {
     "gymnasium": ["environments"],
     "liger_kernel": ["kernels.bench"],
     "litdata": ["data.bench_bytes"],
-    "matplotlib": ["report", "plot", "kernels.bench"],
+    "matplotlib": ["report_charts", "plot", "kernels.bench"],
     "pyarrow": ["convert.text"],
     "rich": ["progress", "log"],
     "safetensors": ["models.exchange"],
